@@ -1,0 +1,248 @@
+"""apply_recipe: rules -> layers, kernels resolved, everything said. Asking for FP4 and getting none is an error."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fp4dist.errors import RecipeMismatch
+from fp4dist.nn.assign import Assignments, assign, check_shapes
+from fp4dist.nn.clock import Clock
+from fp4dist.nn.linear import Fp4Linear
+from fp4dist.nn.plan import FP4, LinearPlan, Tally
+from fp4dist.nn.report import LinearRow, fp4_share, table_json, table_text
+from fp4dist.nn.sites import Fp4Module, LinearSite, check_numbers, find_linears
+from fp4dist.spec.load import load_recipe
+from fp4dist.spec.recipe import BLOCK_ROLES, GEMMS, Recipe
+from fp4dist.spec.run import BackendConfig
+
+
+@dataclass(slots=True)
+class Target:
+    """A linear of this rank that runs under a plan."""
+
+    site: LinearSite
+    module: Fp4Module
+
+
+@dataclass(slots=True)
+class AppliedRecipe:
+    """A model under a recipe: the noise clock, the table, the counters, the phases."""
+
+    recipe: Recipe
+    clock: Clock
+    rows: tuple[LinearRow, ...]  # the whole model's
+    remarks: tuple[str, ...]
+    targets: tuple[Target, ...]  # this rank's
+    backend: BackendConfig
+    uncounted: int = 0  # block linears of this rank that stay torch.nn.Linear
+    active: frozenset[str] = frozenset()  # names of running phases
+
+    def table(self) -> str:
+        """The table for the log."""
+        return table_text(self.rows, self.recipe, self.remarks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of layers.json."""
+        return table_json(self.rows, self.recipe, self.remarks)
+
+    def set_step(self, step: int, total: int) -> list[str]:
+        """Enter optimizer step `step` of `total`: moves the clock, starts phases, returns what to log."""
+        self.clock.step, self.clock.micro_batch = step, 0
+        due = frozenset(p.name for p in self.recipe.phases if p.enabled and step >= p.start(total))
+        if due == self.active:
+            return []
+        started = sorted(due - self.active)
+        self.active = due
+        self._switch()
+        return [f"step {step}: phase {name} starts, {fp4_share(self.rows):.1%} of block-linear FLOPs in FP4" for name in started]
+
+    def counts(self) -> dict[str, Any]:
+        """Counted GEMM calls and FLOPs of this rank's block linears by kind, and the share of them that ran in FP4.
+
+        Linears left as torch.nn.Linear (bf16 layers of a plain model) cannot be counted; `uncounted` says how many.
+        """
+        calls: Counter[str] = Counter()
+        flops: Counter[str] = Counter()
+        for target in self._block_targets():
+            tally = _tally(target)
+            for (_, kind), n in tally.calls.items():
+                calls[kind] += n
+            for (_, kind), n in tally.flops.items():
+                flops[kind] += n
+        total = sum(flops.values())
+        return {
+            "calls": dict(calls),
+            "flops": dict(flops),
+            "fp4_share": flops[FP4] / total if total else 0.0,
+            "uncounted": self.uncounted,
+        }
+
+    def reset_counts(self) -> None:
+        """Start counting anew."""
+        for target in self.targets:
+            if target.module.plan is not None:
+                target.module.plan.tally = Tally()
+
+    def check_counts(self) -> None:
+        """What ran since the last reset must be what the table says: every GEMM of every target, with its kind.
+
+        A gradient that autograd does not ask for (frozen weight, input without gradient) may be absent.
+        """
+        by_path = {row.site.path: row for row in self.rows}
+        for target in self.targets:
+            planned = by_path[target.site.path].kinds()
+            tally = _tally(target)
+            for gemm in GEMMS:
+                ran = {kind for g, kind in tally.calls if g == gemm}
+                if ran != {planned[gemm]} and not (gemm in tally.unneeded and not ran):
+                    raise RecipeMismatch(
+                        f"{target.site.path} {gemm}: the table promises {planned[gemm]}, but"
+                        f" {' and '.join(sorted(ran)) or 'nothing'} ran; is the layer used, and does its gradient flow?"
+                    )
+
+    def drop_caches(self) -> None:
+        """Forget quantized weights: call it when weights change outside the training loop."""
+        for target in self.targets:
+            if target.module.plan is not None:
+                target.module.plan.drop_cache()
+
+    def _block_targets(self) -> list[Target]:
+        return [t for t in self.targets if t.site.role in BLOCK_ROLES] or list(self.targets)
+
+    def _switch(self) -> None:
+        """Give every linear the LinearRecipe of the running phases; later phases win."""
+        use: dict[str, str] = {}
+        for phase in self.recipe.phases:
+            if phase.name in self.active:
+                use.update(phase.use)
+        assigned = assign([row.site for row in self.rows], self.recipe)
+        self.rows = _rows(assigned, self.recipe, use)
+        _give_plans(self)
+
+
+def apply_recipe(
+    model: nn.Module | Sequence[nn.Module],
+    recipe: Recipe | str | Path,
+    *,
+    seed: int = 0,
+    backend: BackendConfig | None = None,
+    sites: Sequence[LinearSite] | None = None,
+    layer_offset: int | Sequence[int] = 0,
+    tokens: int | None = None,
+) -> AppliedRecipe:
+    """Make the linears of `model` run under `recipe`.
+
+    model          one module, or the chunks of a pipeline stage; torch.nn.Linear that a rule quantizes is replaced in
+                   place by Fp4Linear with the same parameters
+    sites          the whole model's linears, where `model` is one pipeline stage; default: those found in `model`
+    layer_offset   global number of the first layer of each chunk
+    tokens         tokens of one micro-batch on one rank, to check wgrad's contraction now rather than in the first step
+    returns        the AppliedRecipe; keep it, its `set_step` must be called before every step where noise is drawn
+
+    Raises RecipeMismatch (a rule that matches nothing, sizes that do not divide, FP4 asked for and not got) and
+    KernelUnavailable (no backend for an operand on the model's device).
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    offsets = [layer_offset] * len(chunks) if isinstance(layer_offset, int) else list(layer_offset)
+    found = [(chunk, *f) for chunk, offset in zip(chunks, offsets, strict=True) for f in find_linears(chunk, offset)]
+    everything = list(sites) if sites is not None else [site for _, site, _, _ in found]
+    check_numbers(everything)
+    assigned = assign(everything, recipe)
+    targets = []
+    for chunk, site, path, module in found:
+        linear = recipe.linear(assigned.named(site.path).linear)
+        target = module if isinstance(module, Fp4Module) else _replace(chunk, path, module, linear.is_high_precision)
+        if target is not None:
+            check_shapes(site, linear, tokens=tokens, tp=target.comm.size)
+            targets.append(Target(site, target))
+    reached = {t.site.path for t in targets}
+    applied = AppliedRecipe(
+        recipe=recipe,
+        clock=Clock(seed=seed),
+        rows=_rows(assigned, recipe, {}),
+        remarks=assigned.remarks,
+        targets=tuple(targets),
+        backend=backend or BackendConfig(),
+        uncounted=sum(site.role in BLOCK_ROLES and site.path not in reached for _, site, _, _ in found),
+    )
+    _refuse_unreachable(applied, {site.path for _, site, _, _ in found} if sites is None else None)
+    _give_plans(applied)
+    return applied
+
+
+def plan_table(
+    sites: Sequence[LinearSite], recipe: Recipe, *, tokens: int | None = None, tp: int = 1
+) -> AppliedRecipe:
+    """The table without a model: rules, shapes and sizes are checked, no kernel is resolved."""
+    assigned = assign(sites, recipe)
+    for row in assigned.rows:
+        check_shapes(row.site, recipe.linear(row.linear), tokens=tokens, tp=tp)
+    return AppliedRecipe(recipe, Clock(), _rows(assigned, recipe, {}), assigned.remarks, (), BackendConfig())
+
+
+def _rows(assigned: Assignments, recipe: Recipe, use: Mapping[str, str]) -> tuple[LinearRow, ...]:
+    rows = []
+    for a in assigned.rows:
+        name = use.get(a.linear, a.linear)
+        rows.append(LinearRow(a.site, name, recipe.linear(name), a.why, {}))
+    return tuple(rows)
+
+
+def _give_plans(applied: AppliedRecipe) -> None:
+    """Resolve kernels and hand every target its plan; counters survive a phase switch."""
+    rows = {row.site.path: i for i, row in enumerate(applied.rows)}
+    updated = list(applied.rows)
+    for target in applied.targets:
+        i = rows[target.site.path]
+        row = updated[i]
+        weight = target.module.weight  # type: ignore[attr-defined]
+        plan = LinearPlan.resolve(
+            target.site.path, target.site.number, row.recipe, applied.clock, weight.device, applied.backend
+        )
+        if target.module.plan is not None:
+            plan.tally = target.module.plan.tally
+        target.module.set_plan(plan)
+        backends = {name: kernel.backend for name, kernel in plan.kernels.items()}
+        updated[i] = LinearRow(row.site, row.linear, row.recipe, row.why, backends)
+    applied.rows = tuple(updated)
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module, high_precision: bool) -> Fp4Module | None:
+    """Swap a torch.nn.Linear for an Fp4Linear; one that stays in bf16 is left as it is."""
+    if high_precision:
+        return None
+    if type(module) is not nn.Linear:
+        raise RecipeMismatch(
+            f"{path} is a {type(module).__name__}, a subclass of torch.nn.Linear whose forward fp4dist would replace;"
+            " give it to bf16 with a rule or make it a plain Linear"
+        )
+    parent_path, _, name = path.rpartition(".")
+    if not path:
+        raise RecipeMismatch("the model itself is a torch.nn.Linear; wrap it in a module or use Fp4Linear.of(model)")
+    made = Fp4Linear.of(module)
+    setattr(root.get_submodule(parent_path), name, made)
+    return made
+
+
+def _refuse_unreachable(applied: AppliedRecipe, local: set[str] | None) -> None:
+    """A linear that a rule quantizes but that nothing here can run in FP4 (such as Megatron's own output layer)."""
+    reached = {t.site.path for t in applied.targets}
+    for row in applied.rows:
+        if row.recipe.is_high_precision or row.site.path in reached:
+            continue
+        if local is None and row.site.role in BLOCK_ROLES:
+            continue  # on another pipeline stage
+        raise RecipeMismatch(
+            f"{row.site.path}: {row.why} asks for FP4, but this layer's class cannot run it; give it to bf16 with an earlier rule"
+        )
+
+
+def _tally(target: Target) -> Tally:
+    return target.module.plan.tally if target.module.plan is not None else Tally()

@@ -1,0 +1,140 @@
+"""Rules -> linears: which LinearRecipe every site gets, judged against the whole model's list of sites."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from fp4dist.errors import RecipeMismatch
+from fp4dist.nn.comm import SLOT_DIMS, Dim
+from fp4dist.nn.sites import LinearSite
+from fp4dist.spec.recipe import HIGH_PRECISION, SLOTS, LinearRecipe, Recipe, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one site runs: `linear` is a name in the recipe, `why` says which rule decided."""
+
+    site: LinearSite
+    linear: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assignments:
+    """All sites of a model under a recipe, and remarks to print (roles that the model lacks)."""
+
+    rows: tuple[Assignment, ...]
+    remarks: tuple[str, ...]
+
+    def named(self, path: str) -> Assignment:
+        """The assignment of the site at `path`."""
+        return next(row for row in self.rows if row.site.path == path)
+
+
+def assign(sites: Sequence[LinearSite], recipe: Recipe) -> Assignments:
+    """Apply the ordered rules; the first match wins. Raises RecipeMismatch where a rule cannot match."""
+    num_layers = 1 + max((s.layer for s in sites if s.layer is not None), default=-1)
+    remarks: list[str] = []
+    reach = [_reach(rule, i, sites, num_layers, remarks) for i, rule in enumerate(recipe.rules)]
+    rows = []
+    for site in sites:
+        hit = next((i for i, paths in enumerate(reach) if site.path in paths), None)
+        if hit is None:
+            rows.append(Assignment(site, HIGH_PRECISION, "no rule matches"))
+        else:
+            rule = recipe.rules[hit]
+            rows.append(Assignment(site, rule.linear, f"rule {hit}: {describe(rule, num_layers)}"))
+    if recipe.wants_fp4 and all(recipe.linear(r.linear).is_high_precision for r in rows):
+        raise RecipeMismatch(_nothing_became_fp4(sites, recipe))
+    return Assignments(tuple(rows), tuple(remarks))
+
+
+def describe(rule: Rule, num_layers: int) -> str:
+    """A rule in words, fractions resolved to layer numbers."""
+    words = ["/".join(rule.roles)] if rule.roles else []
+    chosen = _layers(rule, num_layers)
+    if chosen is not None:
+        words.append(f"layers {chosen[0]}-{chosen[1]}")
+    if rule.path:
+        words.append(f"path {rule.path}")
+    return " ".join(words) or "everything"
+
+
+def check_shapes(site: LinearSite, recipe: LinearRecipe, *, tokens: int | None, tp: int) -> None:
+    """Every operand's rows and columns must divide by its block and rotation on each rank.
+
+    tokens   tokens of one micro-batch on one context-parallel rank; None skips the wgrad check of T
+    """
+    sizes: dict[Dim, int | None] = {"T": tokens, "O": site.out_features, "I": site.in_features}
+    names = {"T": "tokens per micro-batch", "O": "output features", "I": "input features"}
+    for slot in SLOTS:
+        spec = recipe.slot(slot)
+        if spec is None:
+            continue
+        for dim, multiple in zip(SLOT_DIMS[slot], (spec.shape[0], spec.columns_multiple), strict=True):
+            size = sizes[dim]
+            ranks = tp if dim == site.split else 1
+            if size is not None and size % (multiple * ranks):
+                split = f" / tp {ranks}" if ranks > 1 else ""
+                raise RecipeMismatch(
+                    f"{site.path} {slot}: {names[dim]} {size}{split} = {size / ranks:g} is not a multiple of {multiple},"
+                    f" which {spec.label()} needs; change that size, use a smaller block or rotation,"
+                    " or give this layer to bf16 with a rule"
+                )
+
+
+def _reach(rule: Rule, index: int, sites: Sequence[LinearSite], num_layers: int, remarks: list[str]) -> set[str]:
+    """Paths that a rule's conditions select, ignoring earlier rules."""
+    if rule.roles is not None:
+        lacking = [role for role in rule.roles if all(site.role != role for site in sites)]
+        if lacking:
+            remarks.append(f"rule {index}: the model has no {', '.join(lacking)}")
+    selected = {site.path for site in sites if _matches(rule, site, num_layers)}
+    absent_roles = rule.roles is not None and all(all(s.role != role for s in sites) for role in rule.roles)
+    if not selected and not absent_roles:
+        near = get_close_matches(rule.path or "", [s.path for s in sites], 1, cutoff=0.3)
+        hint = f"; nearest module path: '{near[0]}'" if near else ""
+        raise RecipeMismatch(
+            f"rule {index} ({describe(rule, num_layers)}) matches no linear of the model's {num_layers} layers{hint};"
+            " fix its roles, layers or path, or remove it"
+        )
+    return selected
+
+
+def _matches(rule: Rule, site: LinearSite, num_layers: int) -> bool:
+    if rule.roles is not None and site.role not in rule.roles:
+        return False
+    if rule.path is not None and not fnmatchcase(site.path, rule.path):
+        return False
+    chosen = _layers(rule, num_layers)
+    return chosen is None or (site.layer is not None and chosen[0] <= site.layer <= chosen[1])
+
+
+def _layers(rule: Rule, num_layers: int) -> tuple[int, int] | None:
+    """The inclusive range of global layer numbers a rule means; fractions round up, so at least one layer."""
+    if rule.layers is not None:
+        return rule.layers
+    if rule.first is not None:
+        return 0, _count(rule.first, num_layers) - 1
+    if rule.last is not None:
+        return num_layers - _count(rule.last, num_layers), num_layers - 1
+    return None
+
+
+def _count(n: float, num_layers: int) -> int:
+    return int(n) if n >= 1 else math.ceil(n * num_layers - 1e-9)
+
+
+def _nothing_became_fp4(sites: Sequence[LinearSite], recipe: Recipe) -> str:
+    if not sites:
+        return f"recipe {recipe.name} asks for FP4, but the model has no linear layers that fp4dist can run"
+    known = sorted({s.role for s in sites if s.role})
+    roles = f"its roles are {', '.join(known)}" if known else "none of its module names tells a role"
+    return (
+        f"recipe {recipe.name} asks for FP4, but no linear of the model got it: {roles}, for example {sites[0].path!r};"
+        " add a rule with a path, such as {path: '*', linear: fp4}"
+    )

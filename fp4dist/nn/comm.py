@@ -1,0 +1,70 @@
+"""What a linear layer asks of its process group. The autograd code sees this protocol and no `torch.distributed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from fp4dist.numerics.quantize import ReduceMax
+
+Dim = Literal["T", "I", "O"]
+# Rows and columns of each operand in its GEMM; the columns are contracted.
+SLOT_DIMS: dict[str, tuple[Dim, Dim]] = {
+    "fprop.x": ("T", "I"),
+    "fprop.w": ("O", "I"),
+    "dgrad.dy": ("T", "O"),
+    "dgrad.w": ("I", "O"),
+    "wgrad.dy": ("O", "T"),
+    "wgrad.x": ("I", "T"),
+}
+
+
+class LinearComm(Protocol):
+    """How the linear is sharded and what moves between its ranks."""
+
+    split: Dim | None  # the dimension of W that is sharded: O (column-parallel), I (row-parallel), None
+    rank: int
+    size: int
+
+    def gather_x(self, x: Tensor) -> Tensor:
+        """The full input [..., I] from this rank's part (sequence parallelism), or x itself."""
+        ...
+
+    def reduce_dx(self, dx: Tensor) -> Callable[[], Tensor]:
+        """Start summing the partial input gradient over ranks; the returned function waits and gives this rank's part."""
+        ...
+
+    def reduce_max(self, slot: str) -> ReduceMax | None:
+        """For an operand that is a shard of a larger one: its amax over all ranks. None where the operand is whole."""
+        ...
+
+
+class NoComm:
+    """A layer that is whole on its rank."""
+
+    split: Dim | None = None
+    rank = 0
+    size = 1
+
+    def gather_x(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def reduce_dx(self, dx: Tensor) -> Callable[[], Tensor]:
+        """dx itself."""
+        return lambda: dx
+
+    def reduce_max(self, slot: str) -> ReduceMax | None:
+        """Nothing to reduce over."""
+        return None
+
+
+def place(comm: LinearComm, slot: str, rows: int, columns: int) -> tuple[int, int, int]:
+    """(row, column, global columns) of this rank's [rows, columns] part of operand `slot`."""
+    row_dim, column_dim = SLOT_DIMS[slot]
+    row = comm.rank * rows if comm.split == row_dim else 0
+    if comm.split == column_dim:
+        return row, comm.rank * columns, comm.size * columns
+    return row, 0, columns

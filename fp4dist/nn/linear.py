@@ -1,0 +1,45 @@
+"""Fp4Linear: torch.nn.Linear under a LinearPlan, for models outside Megatron."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fp4dist.nn.comm import LinearComm, NoComm
+from fp4dist.nn.function import fp4_linear
+from fp4dist.nn.plan import LinearPlan
+
+
+class Fp4Linear(nn.Linear):
+    """Y = X W^T + b with quantized GEMMs.
+
+    Without a plan it is exactly torch.nn.Linear; `apply_recipe` gives it one. The bias is added in x's dtype.
+    """
+
+    plan: LinearPlan | None = None
+    comm: LinearComm = NoComm()
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Fp4Linear:
+        """An Fp4Linear that shares `linear`'s parameters, so optimizers that hold them keep working."""
+        with torch.device("meta"):
+            made = cls(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype)
+        made.weight = linear.weight
+        made.register_parameter("bias", linear.bias)
+        made.train(linear.training)
+        return made
+
+    def set_plan(self, plan: LinearPlan | None) -> None:
+        """Run under `plan` from now on; None is torch.nn.Linear again."""
+        self.plan = plan
+
+    def global_features(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.in_features, self.out_features
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name of torch.nn.Linear's argument)
+        """[..., I] -> [..., O]."""
+        if self.plan is None:
+            return super().forward(input)
+        y = fp4_linear(input, self.weight, self.plan, self.comm)
+        return y if self.bias is None else y + self.bias

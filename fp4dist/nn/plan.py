@@ -1,0 +1,140 @@
+"""A LinearPlan: everything one linear needs at run time, decided before the first step.
+
+The hot path is function -> plan -> kernel: no rule, capability or backend is looked up inside a step. The plan counts
+every GEMM it runs, so that what was promised in the layer table can be compared with what happened.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fp4dist.kernels import reference as _reference  # noqa: F401 (registers the reference backend)
+from fp4dist.kernels.registry import Kernel, Request, resolve
+from fp4dist.nn.clock import Clock
+from fp4dist.nn.comm import LinearComm, place
+from fp4dist.numerics.tensor import BlockScaledTensor, Key
+from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe, QuantSpec
+from fp4dist.spec.run import BackendConfig
+
+Operand = BlockScaledTensor | Tensor
+FP4, MIXED, HIGH = "fp4", "mixed", "bf16"  # both operands quantized, one, none
+
+
+@dataclass(slots=True)
+class Tally:
+    """GEMM calls and FLOPs (2 T I O of this rank) by (gemm, kind)."""
+
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    flops: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unneeded: set[str] = field(default_factory=set)  # gradients that autograd did not ask for
+
+    def add(self, gemm: str, kind: str, flops: int) -> None:
+        """Count one GEMM."""
+        self.calls[gemm, kind] += 1
+        self.flops[gemm, kind] += flops
+
+
+@dataclass(slots=True)
+class LinearPlan:
+    """One linear: its recipe, its noise key, its kernels.
+
+    number   the linear's 32-bit number, the same on every rank and for every parallel layout
+    """
+
+    path: str
+    number: int
+    recipe: LinearRecipe
+    clock: Clock
+    kernels: dict[str, Kernel]
+    tally: Tally = field(default_factory=Tally)
+    _weight: tuple[int, BlockScaledTensor] | None = None
+
+    @classmethod
+    def resolve(
+        cls, path: str, number: int, recipe: LinearRecipe, clock: Clock, device: torch.device, config: BackendConfig
+    ) -> LinearPlan:
+        """Choose the kernels of every slot and GEMM on `device`."""
+        return cls(path, number, recipe, clock, resolve_kernels(recipe, device, config))
+
+    def spec(self, slot: str) -> QuantSpec | None:
+        """The spec of a slot."""
+        return self.recipe.slot(slot)
+
+    def kind(self, gemm: str) -> str:
+        """fp4, mixed or bf16: how many of the GEMM's operands are quantized."""
+        return gemm_kind(self.recipe, gemm)
+
+    def quantize(self, slot: str, x: Tensor, comm: LinearComm) -> Operand:
+        """Quantize the matrix `x` for `slot`, or return it when the slot is bf16."""
+        spec = self.spec(slot)
+        if spec is None:
+            return x
+        return self.kernels[slot](x, spec, self._key(slot, x.shape, comm), comm.reduce_max(slot))
+
+    def quantize_weight(self, weight: Tensor, comm: LinearComm, training: bool) -> Operand:
+        """The forward weight operand, kept for the rest of the step where the clock allows it."""
+        cacheable = self.clock.cache_weights and training and self.spec("fprop.w") is not None
+        if cacheable and self._weight is not None and self._weight[0] == self.clock.step:
+            return self._weight[1]
+        operand = self.quantize("fprop.w", weight, comm)
+        self._weight = (self.clock.step, operand) if cacheable and isinstance(operand, BlockScaledTensor) else None
+        return operand
+
+    def backward_operand(
+        self, slot: str, forward: BlockScaledTensor | None, master: Tensor | None, comm: LinearComm
+    ) -> Operand:
+        """The transposed weight or input for a backward GEMM, from the source that its spec names.
+
+        forward   the codes fprop used ([O, I] or [T, I]); master   the high-precision tensor; each only where needed
+        """
+        spec = self.spec(slot)
+        if spec is None or spec.source == "master":
+            assert master is not None
+            return self.quantize(slot, master.t(), comm)
+        assert forward is not None
+        if spec.source == "reuse":
+            return forward.transpose()
+        shape = torch.Size((forward.shape[1], forward.shape[0]))
+        return self.kernels[slot](forward, spec, self._key(slot, shape, comm), comm.reduce_max(slot))
+
+    def matmul(self, gemm: str, a: Operand, b: Operand, counted: bool = True) -> Tensor:
+        """A B^T in fp32, with at least one operand quantized."""
+        if counted:
+            self.count(gemm, a.shape[0], b.shape[0], a.shape[1])
+        return self.kernels[gemm](a, b)
+
+    def count(self, gemm: str, m: int, n: int, k: int) -> None:
+        """Count one GEMM of 2 m n k FLOPs."""
+        self.tally.add(gemm, self.kind(gemm), 2 * m * n * k)
+
+    def drop_cache(self) -> None:
+        """Forget the quantized weight."""
+        self._weight = None
+
+    def _key(self, slot: str, shape: torch.Size, comm: LinearComm) -> Key:
+        row, column, columns = place(comm, slot, shape[0], shape[1])
+        return self.clock.key(self.number, slot, row, column, columns)
+
+
+def gemm_kind(recipe: LinearRecipe, gemm: str) -> str:
+    """fp4, mixed or bf16."""
+    quantized = sum(recipe.slot(s) is not None for s in SLOTS if s.startswith(gemm))
+    return (HIGH, MIXED, FP4)[quantized]
+
+
+def resolve_kernels(recipe: LinearRecipe, device: torch.device, config: BackendConfig) -> dict[str, Kernel]:
+    """Slot or GEMM -> kernel, for everything that `recipe` quantizes."""
+    kernels: dict[str, Kernel] = {}
+    for slot in SLOTS:
+        spec = recipe.slot(slot)
+        if spec is not None and spec.source != "reuse":
+            kernels[slot] = resolve(Request("requantize" if spec.source == "requant" else "quantize", spec, device), config)
+    for gemm in GEMMS:
+        if gemm_kind(recipe, gemm) != HIGH:
+            spec = next(recipe.slot(s) for s in SLOTS if s.startswith(gemm) and recipe.slot(s) is not None)
+            kernels[gemm] = resolve(Request("matmul", spec, device), config)
+    return kernels

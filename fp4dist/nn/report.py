@@ -1,0 +1,112 @@
+"""The table of every linear: shape, six formats, kernels, why not FP4. Printed by rank 0 and kept as layers.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fp4dist.nn.plan import FP4, gemm_kind
+from fp4dist.nn.sites import LinearSite
+from fp4dist.spec.recipe import BLOCK_ROLES, GEMMS, SLOTS, LinearRecipe, Recipe
+from fp4dist.spec.load import recipe_hash
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRow:
+    """One line of the table. kernels: slot or GEMM -> backend (empty in a dry run)."""
+
+    site: LinearSite
+    linear: str
+    recipe: LinearRecipe
+    why: str
+    kernels: dict[str, str]
+
+    def kinds(self) -> dict[str, str]:
+        """GEMM -> fp4, mixed or bf16."""
+        return {gemm: gemm_kind(self.recipe, gemm) for gemm in GEMMS}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        slots = {s: self.recipe.slot(s) for s in SLOTS}
+        return {
+            "path": self.site.path,
+            "role": self.site.role,
+            "layer": self.site.layer,
+            "shape": [self.site.out_features, self.site.in_features],
+            "linear": self.linear,
+            "slots": {name: spec.label() if spec else "bf16" for name, spec in slots.items()},
+            "gemms": self.kinds(),
+            "kernels": self.kernels,
+            "why": self.why,
+        }
+
+
+def fp4_share(rows: Sequence[LinearRow]) -> float:
+    """Share of the FLOPs of block linears (heads and routers excluded) that run in FP4, both operands quantized.
+
+    A model without known roles counts all of its linears.
+    """
+    counted = [r for r in rows if r.site.role in BLOCK_ROLES] or list(rows)
+    total = sum(3 * r.site.in_features * r.site.out_features for r in counted)
+    fp4 = sum(
+        list(r.kinds().values()).count(FP4) * r.site.in_features * r.site.out_features for r in counted
+    )
+    return fp4 / total if total else 0.0
+
+
+def table_json(rows: Sequence[LinearRow], recipe: Recipe, remarks: Sequence[str]) -> dict[str, Any]:
+    """The content of layers.json."""
+    return {
+        "recipe": recipe.name,
+        "recipe_hash": recipe_hash(recipe),
+        "fp4_share_of_block_linear_flops": fp4_share(rows),
+        "remarks": list(remarks),
+        "linears": [row.to_json() for row in rows],
+    }
+
+
+def table_text(rows: Sequence[LinearRow], recipe: Recipe, remarks: Sequence[str]) -> str:
+    """The table for a terminal: alike layers share a line."""
+    lines = [f"recipe {recipe.name} ({recipe.paper or 'no paper'}), {fp4_share(rows):.1%} of block-linear FLOPs in FP4"]
+    lines += [f"  note: {remark}" for remark in remarks]
+    groups: dict[tuple[Any, ...], list[LinearRow]] = {}
+    for row in rows:
+        name = row.site.path.rsplit(".", 1)[-1]
+        key = (name, row.site.role, row.site.out_features, row.site.in_features, row.linear, row.why)
+        groups.setdefault((*key, tuple(sorted(row.kernels.items()))), []).append(row)
+    for members in groups.values():
+        lines += _group_lines(members)
+    return "\n".join(lines)
+
+
+def _group_lines(members: Sequence[LinearRow]) -> list[str]:
+    row = members[0]
+    layers = [m.site.layer for m in members if m.site.layer is not None]
+    where = f" layers {_ranges(layers)}" if layers else ""
+    name = row.site.path.rsplit(".", 1)[-1]
+    head = f"  {name:<12} [{row.site.out_features} x {row.site.in_features}]{where}: {row.linear} ({row.why})"
+    if row.recipe.is_high_precision:
+        return [head]
+    lines = [head]
+    for gemm in GEMMS:
+        operands = [s for s in SLOTS if s.startswith(gemm)]
+        texts = []
+        for slot in operands:
+            spec = row.recipe.slot(slot)
+            backend = f" <{row.kernels[slot]}>" if slot in row.kernels else ""
+            texts.append(f"{slot.split('.')[1]}: {spec.label() if spec else 'bf16'}{backend}")
+        matmul = f"  gemm <{row.kernels[gemm]}>" if gemm in row.kernels else ""
+        lines.append(f"      {gemm}  {'  |  '.join(texts)}{matmul}")
+    return lines
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0,1,2,5 -> 0-2,5."""
+    parts: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -1,0 +1,117 @@
+"""Where a model has linears and what each one does: the same role words for Megatron, Hugging Face and plain models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2s
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from fp4dist.nn.comm import Dim, LinearComm
+from fp4dist.nn.plan import LinearPlan
+
+# Last component of a module's path -> role. Megatron | Hugging Face | common plain names.
+ROLE_NAMES: dict[str, frozenset[str]] = {
+    "qkv": frozenset("linear_qkv q_proj k_proj v_proj qkv_proj query key value wqkv qkv wq wk wv to_q to_k to_v".split()),
+    "proj": frozenset("linear_proj o_proj out_proj wo to_out dense".split()),
+    "fc1": frozenset("linear_fc1 gate_proj up_proj gate_up_proj w1 w3 fc1 c_fc".split()),
+    "fc2": frozenset("linear_fc2 down_proj w2 fc2".split()),
+    "head": frozenset("output_layer lm_head head output".split()),
+    "router": frozenset("router gate".split()),
+    "embedding": frozenset("word_embeddings embed_tokens wte".split()),
+}
+_EXPERT = re.compile(r"(^|\.)(local_)?experts(\.|$)")
+_LAYER = re.compile(r"((?:^|\.)(?:layers|blocks|block|h|layer)\.)(\d+)(?=\.)")
+# How tensor parallelism shards a role's weight [O, I].
+ROLE_SPLIT: dict[str, Dim] = {"qkv": "O", "fc1": "O", "head": "O", "proj": "I", "fc2": "I"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearSite:
+    """One linear of the whole, unsharded model.
+
+    path   module path with global layer numbers; role   a word of `ROLES` or ""; layer   global number or None
+    """
+
+    path: str
+    role: str
+    layer: int | None
+    in_features: int
+    out_features: int
+
+    @property
+    def number(self) -> int:
+        """32 bits of the path: the layer half of the Philox key, the same for every parallel layout."""
+        return int.from_bytes(blake2s(self.path.encode(), digest_size=4).digest(), "little")
+
+    @property
+    def split(self) -> Dim | None:
+        """The weight dimension that tensor parallelism shards."""
+        return ROLE_SPLIT.get(self.role)
+
+
+@runtime_checkable
+class Fp4Module(Protocol):
+    """A linear that can run under a plan (ours; Megatron's own and torch's cannot)."""
+
+    plan: LinearPlan | None
+    comm: LinearComm
+
+    def set_plan(self, plan: LinearPlan | None) -> None:
+        """Run under `plan` from now on."""
+        ...
+
+    def global_features(self) -> tuple[int, int]:
+        """(in, out) of the unsharded layer."""
+        ...
+
+
+def role_of(path: str) -> str:
+    """The role that the module path tells, or ""."""
+    if _EXPERT.search(path):
+        return "expert"
+    last = path.rsplit(".", 1)[-1]
+    return next((role for role, names in ROLE_NAMES.items() if last in names), "")
+
+
+def global_path(path: str, layer_offset: int) -> str:
+    """Renumber a pipeline stage's layers: `decoder.layers.0` of a stage that starts at layer 8 is `decoder.layers.8`."""
+    return _LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + layer_offset}", path, count=1) if layer_offset else path
+
+
+def layer_of(path: str) -> int | None:
+    """The layer number in a path, or None outside the layer stack."""
+    found = _LAYER.search(path)
+    return int(found[2]) if found else None
+
+
+def find_linears(model: nn.Module, layer_offset: int = 0) -> Iterator[tuple[LinearSite, str, nn.Module]]:
+    """(site, local path, module) of every linear that can be given a plan: ours, and torch.nn.Linear."""
+    for path, module in model.named_modules():
+        features = _features(module)
+        if features is not None:
+            where = global_path(path, layer_offset)
+            site = LinearSite(
+                path=where, role=role_of(where), layer=layer_of(where), in_features=features[0], out_features=features[1]
+            )
+            yield site, path, module
+
+
+def check_numbers(sites: Iterable[LinearSite]) -> None:
+    """Two linears with one noise number would share their noise: improbable (2**-32 a pair), so refuse."""
+    seen: dict[int, str] = {}
+    for site in sites:
+        other = seen.setdefault(site.number, site.path)
+        if other != site.path:
+            raise ValueError(f"{other} and {site.path} hash to the same noise number {site.number}; rename one module")
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Fp4Module):
+        return module.global_features()
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return None

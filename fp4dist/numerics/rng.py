@@ -1,0 +1,73 @@
+"""Philox-4x32-10 (Salmon et al., SC'11) in torch, and how its counter is laid out.
+
+Key = (seed, layer); counter = (index, global micro-batch, step, slot + 8 * stream).
+Per-element noise: index = element // 8, the 16-bit half number element % 8 of the four words (low half first).
+Per-scale noise:   index = block // 4, the 32-bit word number block % 4.
+`element` and `block` are row-major indices in the *global* operand, so no split changes them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp4dist.numerics.tensor import Key
+
+MASK = 0xFFFFFFFF
+M0, M1 = 0xD2511F53, 0xCD9E8D57
+W0, W1 = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+SLOTS_PER_STREAM = 8
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words of Philox-4x32-10. counter: four int64 tensors in [0, 2**32), broadcastable; words likewise."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * M0, c2 * M1  # 64-bit products; a signed wrap leaves the bit pattern right
+        c0, c1, c2, c3 = (p1 >> 32 & MASK) ^ c1 ^ k0, p1 & MASK, (p0 >> 32 & MASK) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
+    return c0, c1, c2, c3
+
+
+def words(index: Tensor, key: Key) -> Tensor:
+    """[..., 4] int64 words for counter indices `index` (int64) under `key`."""
+    counter = [index & MASK]
+    for value in (key.micro_batch, key.step, key.slot + SLOTS_PER_STREAM * key.stream):
+        counter.append(torch.tensor(value & MASK, dtype=torch.int64, device=index.device))
+    drawn = philox(tuple(counter), (key.seed & MASK, key.layer & MASK))
+    return torch.stack(torch.broadcast_tensors(*drawn), dim=-1)
+
+
+def element_noise(shape: torch.Size, key: Key, device: torch.device) -> Tensor:
+    """[R, C] int64 in [0, 2**16): one half-word per element of this shard. C, column offset multiples of 8."""
+    drawn = words(_indices(shape, key, 8, device), key)
+    halves = torch.stack((drawn & 0xFFFF, drawn >> 16), dim=-1)
+    return halves.reshape(shape)
+
+
+def scale_noise(blocks: torch.Size, key: Key, block_columns: int, device: torch.device) -> Tensor:
+    """[R, C/block] int64 in [0, 2**32): one word per block of this shard."""
+    rows, columns = blocks
+    width = (key.columns or columns * block_columns) // block_columns
+    first = key.column // block_columns
+    flat = (key.row + torch.arange(rows, device=device))[:, None] * width + first + torch.arange(columns, device=device)
+    drawn = words(flat // 4, key)
+    return drawn.gather(-1, (flat % 4).unsqueeze(-1)).squeeze(-1)
+
+
+def random_signs(size: int, key: Key, device: torch.device) -> Tensor:
+    """[size] fp32 of +-1, size <= 128: bit i of the 128-bit draw at index 0; a set bit is -1."""
+    drawn = words(torch.zeros((), dtype=torch.int64, device=device), key)
+    bit = torch.arange(size, device=device)
+    bits = drawn[bit // 32] >> (bit % 32) & 1
+    return 1.0 - 2.0 * bits.to(torch.float32)
+
+
+def _indices(shape: torch.Size, key: Key, group: int, device: torch.device) -> Tensor:
+    """[R, C/group]: counter index of each group of elements."""
+    rows, columns = shape
+    width = key.columns or columns
+    row = (key.row + torch.arange(rows, device=device)) * (width // group)
+    return row[:, None] + key.column // group + torch.arange(columns // group, device=device)

@@ -1,0 +1,56 @@
+"""Randomized Hadamard transform along the contracted dimension: signs on the input, then +-1 butterflies in fp32.
+
+The factor 1/sqrt(n) is not applied to the data: it is folded into the GEMM's output scale (1/n for a pair of operands),
+because 1/sqrt(128) is not exact in bf16 and would shrink every backward GEMM by 2e-4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp4dist.numerics.rng import random_signs
+from fp4dist.numerics.tensor import Key
+from fp4dist.spec.blocks import Hadamard
+
+# The constant vector of Transformer Engine's NVFP4 recipe (bit i set where the sign is -1: 0xD7E8).
+FIXED_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+
+
+def butterflies(x: Tensor, size: int) -> Tensor:
+    """Multiply each group of `size` along the last dimension by the Sylvester matrix of +-1, strides 1, 2, 4 ..."""
+    shape = x.shape
+    stride = 1
+    while stride < size:
+        pairs = x.reshape(-1, 2, stride)
+        x = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1)
+        stride *= 2
+    return x.reshape(shape)
+
+
+def sign_vector(rotation: Hadamard, key: Key | None, device: torch.device) -> Tensor | None:
+    """[size] fp32 of +-1, or None when the rotation has no signs."""
+    if rotation.signs == "none":
+        return None
+    if rotation.signs == "fixed":
+        return torch.tensor(FIXED_SIGNS[: rotation.size], dtype=torch.float32, device=device)
+    if key is None:
+        raise ValueError("a rotation with fresh signs needs a key")
+    return random_signs(rotation.size, key.signs(), device)
+
+
+def rotate(x: Tensor, rotation: Hadamard, key: Key | None) -> Tensor:
+    """[R, C] fp32 -> its unnormalized rotation; the norm of each row grows by sqrt(size)."""
+    signs = sign_vector(rotation, key, x.device)
+    if signs is not None:
+        x = (x.unflatten(-1, (-1, rotation.size)) * signs).flatten(-2)
+    return butterflies(x, rotation.size)
+
+
+def unrotate(y: Tensor, rotation: Hadamard, key: Key | None) -> Tensor:
+    """Inverse of the *normalized* rotation: y holds values in the rotated basis, the result is in the original one."""
+    x = butterflies(y, rotation.size) * rotation.size**-0.5
+    signs = sign_vector(rotation, key, x.device)
+    if signs is not None:
+        x = (x.unflatten(-1, (-1, rotation.size)) * signs).flatten(-2)
+    return x

@@ -1,0 +1,209 @@
+"""Files -> specs: `extends`, named sections, `--set` overrides, resolved dump, hashes.
+
+A name is looked up beside the file that uses it, then among the shipped configs: `recipe: quartet2` is
+`recipes/quartet2.yaml`, `model: llama_124m` is `models/llama_124m.yaml`. A path (anything with a slash or ending in
+.yaml) is a path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fp4dist.errors import ConfigError
+from fp4dist.spec.build import build, plain
+from fp4dist.spec.recipe import Recipe
+from fp4dist.spec.run import ModelConfig, RunConfig
+
+_SECTIONS = {"recipe": "recipes", "model": "models"}  # keys of a run file that may be a bare name -> shipped folder
+# Keys that do not change what is computed: two runs that differ only here are the same run.
+_NOT_IDENTITY = ("logging", "checkpoint", "backend")
+
+
+def config_root() -> Path:
+    """The folder of shipped configs: inside the installed package, or `configs/` of the checkout."""
+    spec = util.find_spec("fp4dist.configs")
+    for folder in list(spec.submodule_search_locations or ()) if spec else []:
+        if (Path(folder) / "recipes").is_dir():
+            return Path(folder)
+    return Path(__file__).resolve().parents[2] / "configs"
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply `key.sub=value` overrides, and return the checked RunConfig."""
+    file = _find(str(path), "runs", None)
+    raw = _expand_sections(_read(file), file)
+    for text in overrides:
+        _override(raw, text)
+    raw = _expand_sections(raw, file)
+    return _build_file(RunConfig, raw, file)
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a recipe by shipped name or by path."""
+    file = _find(str(name_or_path), "recipes", None)
+    return _build_file(Recipe, _read(file), file)
+
+
+def load_model(name_or_path: str | Path) -> ModelConfig:
+    """Read a model by shipped name or by path."""
+    file = _find(str(name_or_path), "models", None)
+    return _build_file(ModelConfig, _read(file), file)
+
+
+def shipped(kind: str) -> list[str]:
+    """Names of the shipped files of `kind` (recipes, models, runs)."""
+    return sorted(p.stem for p in (config_root() / kind).glob("*.yaml"))
+
+
+def dump(config: object) -> str:
+    """The complete resolved configuration as YAML; loading it gives an equal object."""
+    return yaml.safe_dump(plain(config), sort_keys=False, width=120)
+
+
+def config_hash(config: RunConfig) -> str:
+    """16 hex digits of everything that decides what the run computes."""
+    data = {k: v for k, v in plain(config).items() if k not in _NOT_IDENTITY}
+    data["run"].pop("dir")
+    data["train"].pop("stop_after")
+    return _digest(data)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """16 hex digits of what the recipe does (its name and notes excluded)."""
+    data = plain(recipe)
+    return _digest({k: data[k] for k in ("linears", "rules", "phases")})
+
+
+def model_hash(model: ModelConfig) -> str:
+    """16 hex digits of the model's shape (its name excluded)."""
+    return _digest({k: v for k, v in plain(model).items() if k != "name"})
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _build_file(tp: type, raw: Any, file: Path) -> Any:
+    try:
+        return build(tp, raw)
+    except ConfigError as e:
+        raise ConfigError(f"{file.name}: {e}") from e
+
+
+def _find(name: str, kind: str, beside: Path | None) -> Path:
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        candidates = [Path(name), *([beside.parent / name] if beside else []), config_root() / name.removeprefix("configs/")]
+    else:
+        local = [beside.parent / f"{name}.yaml", beside.parent.parent / kind / f"{name}.yaml"] if beside else []
+        candidates = [*local, config_root() / kind / f"{name}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    near = difflib.get_close_matches(name, shipped(kind), 1)
+    hint = f"; did you mean '{near[0]}'?" if near else f"; shipped {kind}: {', '.join(shipped(kind))}"
+    raise ConfigError(f"{kind}: no file for {name!r} (looked at {', '.join(map(str, candidates))}){hint}")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: YAML would silently keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Parse one YAML file and merge what it `extends` underneath it."""
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader subclass)
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{file}: not valid YAML: {e}") from e
+    except ConfigError as e:
+        raise ConfigError(f"{file}: {e}") from e
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected a mapping at the top, got {type(raw).__name__}")
+    return _extend(raw, file, file.parent.name, (file.resolve(),))
+
+
+def _extend(raw: dict[str, Any], file: Path, kind: str, chain: tuple[Path, ...]) -> dict[str, Any]:
+    """Resolve `extends: name or [names]`; later bases win over earlier ones, the file itself wins over all."""
+    if "extends" not in raw:
+        return raw
+    names = raw["extends"] if isinstance(raw["extends"], list) else [raw["extends"]]
+    merged: dict[str, Any] = {}
+    for name in names:
+        base = _find(str(name), kind, file)
+        if base.resolve() in chain:
+            raise ConfigError(f"{file}: extends {name!r} leads back to itself")
+        parsed = yaml.load(base.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
+        merged = _merge(merged, _extend(parsed, base, kind, (*chain, base.resolve())))
+    return _merge(merged, {k: v for k, v in raw.items() if k != "extends"})
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """Mappings merge key by key, unless their `kind` differs; everything else is replaced."""
+    if not isinstance(base, dict) or not isinstance(over, dict) or base.get("kind") != over.get("kind", base.get("kind")):
+        return over
+    return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in over.items()}}
+
+
+def _expand_sections(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Replace `recipe: name` and `model: name` (or `{extends: name, ...}`) by the file's content."""
+    out = dict(raw)
+    for key, kind in _SECTIONS.items():
+        value = out.get(key)
+        if isinstance(value, str):
+            out[key] = _read(_find(value, kind, file))
+        elif isinstance(value, Mapping) and "extends" in value:
+            out[key] = _extend(dict(value), file, kind, ())
+    return out
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Apply one `a.b.0.c=value` in place; the value is YAML."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"--set {text!r}: expected key.sub=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"--set {key}: {value!r} is not valid YAML: {e}") from e
+    node: Any = raw
+    *parents, last = key.split(".")
+    for i, part in enumerate(parents):
+        node = _child(node, part, ".".join(parents[: i + 1]))
+    if isinstance(node, list):
+        _child(node, last, key)
+        node[int(last)] = parsed
+    elif isinstance(node, dict):
+        node[last] = parsed
+    else:
+        raise ConfigError(f"--set {key}: {'.'.join(parents)} is {node!r}, not a section")
+
+
+def _child(node: Any, part: str, path: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise ConfigError(f"--set {path}: {part!r} is not an index below {len(node)}")
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {path}: {node!r} is not a section")
+    return node.setdefault(part, {}) if node.get(part) is not None else _new_section(node, part)
+
+
+def _new_section(node: dict[str, Any], part: str) -> dict[str, Any]:
+    node[part] = {}
+    return node[part]

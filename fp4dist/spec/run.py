@@ -1,0 +1,277 @@
+"""RunConfig: everything one training run needs, as frozen data.
+
+Sections: run, model, data, optim, parallel, engine, train, checkpoint, logging, recipe, backend.
+Units are in the field comments; sizes are in elements, tokens or samples, never bytes, unless the name says so.
+Cross-field rules that need no torch are checked here, when the object is built; the loader puts the key's path
+in front of the message.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fp4dist.spec.frozen import frozen
+from fp4dist.spec.recipe import Recipe
+
+
+@frozen
+class RunSection:
+    """Where a run lives."""
+
+    name: str
+    dir: str | None = None  # run folder; default runs/<name>
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed} must be in [0, 2**32): it is half of the Philox key")
+
+
+@frozen
+class ModelConfig:
+    """A Llama-style decoder (RMSNorm, SwiGLU, RoPE, GQA), built from Megatron-core layers."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None = None  # key/value heads; default: as many as query heads
+    head_dim: int | None = None  # default hidden_size / num_attention_heads
+    vocab_size: int  # logits and embedding rows before padding to the tensor-parallel size
+    seq_length: int  # tokens
+    tie_embeddings: bool = False
+    rope_base: int = 10000
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size", "seq_length"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} = {getattr(self, key)} must be at least 1")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = {self.num_attention_heads};"
+                " change one of them or set head_dim"
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_query_groups = {self.query_groups}"
+            )
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def kv_channels(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@frozen
+class PrepareConfig:
+    """Make the token files from raw text when they are missing (one rank does it, with progress)."""
+
+    sources: tuple[str, ...]  # txt, jsonl, each plain or .bz2 .gz .zst; relative to the current folder or the shipped configs
+    tokenizer: str | None = None  # a tokenizers JSON; None trains a byte-level BPE on the sources
+    vocab_size: int = 4096  # of the BPE to train
+    jsonl_key: str = "text"
+    document_separator: str | None = "<|endoftext|>"  # a line that ends a document in txt files
+    eot_token: str = "<|endoftext|>"  # token put after each document; id 0 of a BPE trained here
+    valid_fraction: float = 0.0  # share of the documents, chosen by their hash, that go to `<prefix>_valid`
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources is empty; name at least one txt or jsonl file")
+        if self.tokenizer is None and self.vocab_size < 257:
+            raise ValueError(f"vocab_size = {self.vocab_size} must be at least 257: 256 bytes and the end-of-text token")
+        if not 0 <= self.valid_fraction <= 0.5:
+            raise ValueError(f"valid_fraction = {self.valid_fraction} must be in [0, 0.5]")
+
+
+@frozen
+class DataConfig:
+    """Megatron-core token files (`.bin` + `.idx`), one prefix or a weighted blend."""
+
+    train: tuple[str, ...] = ()  # prefixes, or weight, prefix, weight, prefix ...
+    valid: tuple[str, ...] = ()  # empty: `split` cuts the validation part from `train`
+    split: str = "969,30,1"  # train, valid, test shares; used when `valid` is empty
+    cache_dir: str | None = None  # index caches; default <run folder>/data_cache
+    prepare: PrepareConfig | None = None
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("train is empty; give the prefix of a .bin/.idx pair")
+        shares = self.split.split(",")
+        if len(shares) != 3 or not all(s.strip().replace(".", "", 1).isdigit() for s in shares):
+            raise ValueError(f"split = {self.split!r} must be three shares such as '969,30,1'")
+        if self.prepare is not None:
+            self._check_prepare(self.prepare)
+
+    def _check_prepare(self, prepare: PrepareConfig) -> None:
+        if len(self.train) != 1:
+            raise ValueError(f"train = {list(self.train)} must be the one prefix that `prepare` makes; prepare a blend's parts apart")
+        made = f"{self.train[0]}_valid"
+        if prepare.valid_fraction and made not in self.valid:
+            raise ValueError(f"prepare.valid_fraction = {prepare.valid_fraction} writes {made!r}; set valid: [{made}] to use it")
+
+
+@frozen
+class OptimConfig:
+    """AdamW with fp32 master weights and a learning-rate schedule."""
+
+    lr: float
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay_fraction: float = 0.2  # share of the run in WSD's decay phase
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0  # global L2 norm; 0 switches clipping off
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"lr = {self.lr} and min_lr = {self.min_lr} must satisfy 0 <= min_lr <= lr and lr > 0")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction = {self.decay_fraction} must be in (0, 1]")
+
+
+@frozen
+class ParallelConfig:
+    """Megatron's process groups. Data parallel = world / (tp * pp * cp)."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("tp", "pp", "cp"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} = {getattr(self, key)} must be at least 1")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel needs tp > 1: it splits what tensor parallelism replicates")
+
+
+@frozen
+class EngineConfig:
+    """Who owns gradients and optimizer state: Megatron DDP + distributed optimizer, or DeepSpeed ZeRO."""
+
+    kind: Literal["megatron", "deepspeed"] = "megatron"
+    zero_stage: int = 1  # deepspeed only
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage = {self.zero_stage} must be 0, 1, 2 or 3")
+
+
+@frozen
+class TrainConfig:
+    """How long, how much at a time, in which precision."""
+
+    steps: int
+    global_batch_size: int  # samples a step
+    micro_batch_size: int  # samples a rank and forward pass
+    dtype: Literal["auto", "bf16", "fp32"] = "bf16"  # of what is not FP4; auto: bf16 on a GPU, fp32 on a CPU
+    eval_every: int = 100  # steps; 0: only at the first and last step
+    eval_samples: int = 64  # samples in each evaluation, the same ones every time
+    max_nonfinite_steps: int = 5  # consecutive skipped steps before the run stops
+    stop_after: int | None = None  # end this process after that step, as an interruption would; `steps` still shapes the schedule
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "global_batch_size", "micro_batch_size", "max_nonfinite_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} = {getattr(self, key)} must be at least 1")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
+            )
+
+
+@frozen
+class CheckpointConfig:
+    """What is saved when; each checkpoint is published atomically under <run folder>/checkpoints/."""
+
+    every: int = 0  # steps; 0: only at the end
+    keep: int = 2  # newest checkpoints kept
+    load: str | None = None  # start from this checkpoint folder instead of the run's own newest one
+    allow_recipe_change: bool = False  # load weights trained with another recipe
+    trusted: bool = False  # read files that need full pickle (DeepSpeed's own); only for files you made
+
+
+@frozen
+class LoggingConfig:
+    """Where the numbers go; metrics.jsonl and curves.png are always written."""
+
+    every: int = 10  # steps between console lines; metrics.jsonl has every step
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "fp4dist"
+    peak_tflops: float | None = None  # of one device in bf16, for MFU; default by device name, none on a CPU
+
+
+@frozen
+class BackendConfig:
+    """Which kernels run the recipe. Never part of the recipe: all backends give the same bits."""
+
+    kind: Literal["auto", "reference", "triton", "cuda"] = "auto"
+    allow_reference: bool = False  # let the slow reference run on a GPU
+
+
+@frozen
+class RunConfig:
+    """One run, complete."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    recipe: Recipe
+    parallel: ParallelConfig = ParallelConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    backend: BackendConfig = BackendConfig()
+
+    def __post_init__(self) -> None:
+        _check_tensor_parallel(self.model, self.parallel)
+        if self.optim.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps = {self.optim.warmup_steps} must be smaller than train.steps = {self.train.steps}"
+            )
+        if self.engine.kind == "deepspeed" and self.parallel.pp > 1 and self.engine.zero_stage >= 2:
+            raise ValueError(
+                f"engine.zero_stage = {self.engine.zero_stage} with parallel.pp = {self.parallel.pp}: ZeRO 2 and 3 reduce"
+                " gradients inside every backward, before a pipeline schedule has summed its micro-batches;"
+                " use zero_stage 0 or 1, or pp 1"
+            )
+
+    @property
+    def run_dir(self) -> str:
+        """The run folder."""
+        return self.run.dir or f"runs/{self.run.name}"
+
+
+def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Every dimension that tensor parallelism splits must divide."""
+    for key, size in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_query_groups", model.query_groups),
+        ("model.hidden_size", model.hidden_size),
+        ("model.ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        if size % parallel.tp:
+            raise ValueError(f"{key} = {size} is not divisible by parallel.tp = {parallel.tp}; choose a tp that divides it")
+    if model.num_layers % parallel.pp:
+        raise ValueError(f"model.num_layers = {model.num_layers} is not divisible by parallel.pp = {parallel.pp}")
+    if parallel.sequence_parallel and model.seq_length % parallel.tp:
+        raise ValueError(
+            f"model.seq_length = {model.seq_length} is not divisible by parallel.tp = {parallel.tp}, which sequence_parallel needs"
+        )
