@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
@@ -51,7 +50,7 @@ class TpComm:
         if not self.sequence_parallel or self.size == 1:
             return x
         full = x.new_empty((x.shape[0] * self.size, *x.shape[1:]))
-        dist.all_gather_into_tensor(full, x.contiguous(), group=self.group)
+        dist.all_gather_into_tensor(full, x.contiguous(), group=self.group)  # pyright: ignore[reportDeprecated]
         return full
 
     def reduce_dx(self, dx: Tensor) -> Callable[[], Tensor]:
@@ -60,7 +59,9 @@ class TpComm:
             return lambda: dx
         if self.sequence_parallel:
             part = dx.new_empty((dx.shape[0] // self.size, *dx.shape[1:]))
-            work = dist.reduce_scatter_tensor(part, dx.contiguous(), group=self.group, async_op=True)
+            work = dist.reduce_scatter_tensor(  # pyright: ignore[reportDeprecated] (the new name is not in torch 2.11)
+                part, dx.contiguous(), group=self.group, async_op=True
+            )
         else:
             part = dx.contiguous()
             work = dist.all_reduce(part, group=self.group, async_op=True)

@@ -60,7 +60,10 @@ class AppliedRecipe:
         started = sorted(due - self.active)
         self.active = due
         self._switch()
-        return [f"step {step}: phase {name} starts, {fp4_share(self.rows):.1%} of block-linear FLOPs in FP4" for name in started]
+        return [
+            f"step {step}: phase {name} starts, {fp4_share(self.rows):.1%} of block-linear FLOPs in FP4"
+            for name in started
+        ]
 
     def counts(self) -> dict[str, Any]:
         """Counted GEMM calls and FLOPs of this rank's block linears by kind, and the share of them that ran in FP4.
@@ -172,14 +175,12 @@ def apply_recipe(
         backend=backend or BackendConfig(),
         uncounted=sum(site.role in BLOCK_ROLES and site.path not in reached for _, site, _, _ in found),
     )
-    _refuse_unreachable(applied, {site.path for _, site, _, _ in found} if sites is None else None)
+    _refuse_unreachable(applied, {site.layer for _, site, _, _ in found})
     _give_plans(applied)
     return applied
 
 
-def plan_table(
-    sites: Sequence[LinearSite], recipe: Recipe, *, tokens: int | None = None, tp: int = 1
-) -> AppliedRecipe:
+def plan_table(sites: Sequence[LinearSite], recipe: Recipe, *, tokens: int | None = None, tp: int = 1) -> AppliedRecipe:
     """The table without a model: rules, shapes and sizes are checked, no kernel is resolved."""
     assigned = assign(sites, recipe)
     for row in assigned.rows:
@@ -231,13 +232,13 @@ def _replace(root: nn.Module, path: str, module: nn.Module, high_precision: bool
     return made
 
 
-def _refuse_unreachable(applied: AppliedRecipe, local: set[str] | None) -> None:
+def _refuse_unreachable(applied: AppliedRecipe, local_layers: set[int | None]) -> None:
     """A linear that a rule quantizes but that nothing here can run in FP4 (such as Megatron's own output layer)."""
     reached = {t.site.path for t in applied.targets}
     for row in applied.rows:
         if row.recipe.is_high_precision or row.site.path in reached:
             continue
-        if local is None and row.site.role in BLOCK_ROLES:
+        if row.site.layer is not None and row.site.layer not in local_layers:
             continue  # on another pipeline stage
         raise RecipeMismatch(
             f"{row.site.path}: {row.why} asks for FP4, but this layer's class cannot run it; give it to bf16 with an earlier rule"

@@ -24,9 +24,20 @@ SLOT_DIMS: dict[str, tuple[Dim, Dim]] = {
 class LinearComm(Protocol):
     """How the linear is sharded and what moves between its ranks."""
 
-    split: Dim | None  # the dimension of W that is sharded: O (column-parallel), I (row-parallel), None
-    rank: int
-    size: int
+    @property
+    def split(self) -> Dim | None:
+        """The dimension of W that is sharded: O (column-parallel), I (row-parallel), None."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among those that share the layer."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Ranks that share the layer."""
+        ...
 
     def gather_x(self, x: Tensor) -> Tensor:
         """The full input [..., I] from this rank's part (sequence parallelism), or x itself."""
@@ -49,11 +60,11 @@ class NoComm:
     size = 1
 
     def gather_x(self, x: Tensor) -> Tensor:
-        """x itself."""
+        """X itself."""
         return x
 
     def reduce_dx(self, dx: Tensor) -> Callable[[], Tensor]:
-        """dx itself."""
+        """Dx itself."""
         return lambda: dx
 
     def reduce_max(self, slot: str) -> ReduceMax | None:

@@ -59,7 +59,7 @@ class Fp4LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
-        """dX and dW; noise is keyed by the step and micro-batch of this layer's forward."""
+        """DX and dW; noise is keyed by the step and micro-batch of this layer's forward."""
         plan, comm, weight = ctx.plan, ctx.comm, ctx.weight
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         plan.tally.unneeded.update(g for g, needed in (("dgrad", needs_dx), ("wgrad", needs_dw)) if not needed)

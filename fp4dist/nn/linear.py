@@ -37,9 +37,10 @@ class Fp4Linear(nn.Linear):
         """(in, out)."""
         return self.in_features, self.out_features
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name of torch.nn.Linear's argument)
+    def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         if self.plan is None:
             return super().forward(input)
         y = fp4_linear(input, self.weight, self.plan, self.comm)
-        return y if self.bias is None else y + self.bias
+        bias: Tensor | None = self.bias
+        return y if bias is None else y + bias

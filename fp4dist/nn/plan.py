@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fp4dist.kernels import reference as _reference  # noqa: F401 (registers the reference backend)
 from fp4dist.kernels.registry import Kernel, Request, resolve
 from fp4dist.nn.clock import Clock
 from fp4dist.nn.comm import LinearComm, place
@@ -132,7 +131,9 @@ def resolve_kernels(recipe: LinearRecipe, device: torch.device, config: BackendC
     for slot in SLOTS:
         spec = recipe.slot(slot)
         if spec is not None and spec.source != "reuse":
-            kernels[slot] = resolve(Request("requantize" if spec.source == "requant" else "quantize", spec, device), config)
+            kernels[slot] = resolve(
+                Request("requantize" if spec.source == "requant" else "quantize", spec, device), config
+            )
     for gemm in GEMMS:
         if gemm_kind(recipe, gemm) != HIGH:
             spec = next(recipe.slot(s) for s in SLOTS if s.startswith(gemm) and recipe.slot(s) is not None)

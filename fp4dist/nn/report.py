@@ -8,8 +8,8 @@ from typing import Any
 
 from fp4dist.nn.plan import FP4, gemm_kind
 from fp4dist.nn.sites import LinearSite
-from fp4dist.spec.recipe import BLOCK_ROLES, GEMMS, SLOTS, LinearRecipe, Recipe
 from fp4dist.spec.load import recipe_hash
+from fp4dist.spec.recipe import BLOCK_ROLES, GEMMS, SLOTS, LinearRecipe, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,7 @@ def fp4_share(rows: Sequence[LinearRow]) -> float:
     """
     counted = [r for r in rows if r.site.role in BLOCK_ROLES] or list(rows)
     total = sum(3 * r.site.in_features * r.site.out_features for r in counted)
-    fp4 = sum(
-        list(r.kinds().values()).count(FP4) * r.site.in_features * r.site.out_features for r in counted
-    )
+    fp4 = sum(list(r.kinds().values()).count(FP4) * r.site.in_features * r.site.out_features for r in counted)
     return fp4 / total if total else 0.0
 
 

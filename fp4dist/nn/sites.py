@@ -15,13 +15,32 @@ from fp4dist.nn.plan import LinearPlan
 
 # Last component of a module's path -> role. Megatron | Hugging Face | common plain names.
 ROLE_NAMES: dict[str, frozenset[str]] = {
-    "qkv": frozenset("linear_qkv q_proj k_proj v_proj qkv_proj query key value wqkv qkv wq wk wv to_q to_k to_v".split()),
-    "proj": frozenset("linear_proj o_proj out_proj wo to_out dense".split()),
-    "fc1": frozenset("linear_fc1 gate_proj up_proj gate_up_proj w1 w3 fc1 c_fc".split()),
-    "fc2": frozenset("linear_fc2 down_proj w2 fc2".split()),
-    "head": frozenset("output_layer lm_head head output".split()),
-    "router": frozenset("router gate".split()),
-    "embedding": frozenset("word_embeddings embed_tokens wte".split()),
+    "qkv": frozenset(
+        [
+            "linear_qkv",
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "qkv_proj",
+            "query",
+            "key",
+            "value",
+            "wqkv",
+            "qkv",
+            "wq",
+            "wk",
+            "wv",
+            "to_q",
+            "to_k",
+            "to_v",
+        ]
+    ),
+    "proj": frozenset(["linear_proj", "o_proj", "out_proj", "wo", "to_out", "dense"]),
+    "fc1": frozenset(["linear_fc1", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc"]),
+    "fc2": frozenset(["linear_fc2", "down_proj", "w2", "fc2"]),
+    "head": frozenset(["output_layer", "lm_head", "head", "output"]),
+    "router": frozenset(["router", "gate"]),
+    "embedding": frozenset(["word_embeddings", "embed_tokens", "wte"]),
 }
 _EXPERT = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 _LAYER = re.compile(r"((?:^|\.)(?:layers|blocks|block|h|layer)\.)(\d+)(?=\.)")
@@ -58,7 +77,11 @@ class Fp4Module(Protocol):
     """A linear that can run under a plan (ours; Megatron's own and torch's cannot)."""
 
     plan: LinearPlan | None
-    comm: LinearComm
+
+    @property
+    def comm(self) -> LinearComm:
+        """How the layer is sharded."""
+        ...
 
     def set_plan(self, plan: LinearPlan | None) -> None:
         """Run under `plan` from now on."""
@@ -95,7 +118,11 @@ def find_linears(model: nn.Module, layer_offset: int = 0) -> Iterator[tuple[Line
         if features is not None:
             where = global_path(path, layer_offset)
             site = LinearSite(
-                path=where, role=role_of(where), layer=layer_of(where), in_features=features[0], out_features=features[1]
+                path=where,
+                role=role_of(where),
+                layer=layer_of(where),
+                in_features=features[0],
+                out_features=features[1],
             )
             yield site, path, module
 

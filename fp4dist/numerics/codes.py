@@ -23,7 +23,7 @@ E8M0_BIAS = 127
 
 def encode_nearest(u: Tensor, element: ElementFormat) -> Tensor:
     """Codes of `u` (fp32, any shape) rounded to nearest, ties to the even index, saturating; uint8, one code a byte."""
-    index = torch.bucketize(u.abs(), _nearest_boundaries(element, u.device), out_int32=True)
+    index = _interval(u.abs(), _nearest_boundaries(element), closed_right=True)
     return _with_sign(index, u, element)
 
 
@@ -33,23 +33,24 @@ def encode_stochastic(u: Tensor, element: ElementFormat, noise: Tensor) -> Tenso
     noise   int32/int64 in [0, 2**16), shape of u. Up iff distance > (noise + 1/2) / 2**16, exact in fp32; so an
             exact level never moves and E[value] = u to 2**-17 of a step for |u| <= element.max.
     """
-    levels, inverse_gaps = _levels_and_gaps(element, u.device)
     magnitude = u.abs()
-    below = torch.bucketize(magnitude, levels[1:], right=True, out_int32=True)
-    distance = (magnitude - levels[below]) * inverse_gaps[below]
-    threshold = (noise.to(torch.float32) * 2.0 + 1.0) * 2.0**-17
+    below = _interval(magnitude, element.levels[1:], closed_right=False)
+    level, inverse_gap = _look_up_pairs(_levels_and_gaps(element, u.device), below).unbind(-1)
+    distance = (magnitude - level) * inverse_gap
+    threshold = noise.to(torch.float32) * 2.0**-16 + 2.0**-17
     return _with_sign(below + (distance > threshold), u, element)
 
 
 def decode(codes: Tensor, element: ElementFormat) -> Tensor:
     """Values of codes (uint8, one code a byte) as fp32."""
-    return _code_values(element, codes.device)[codes.to(torch.int32)]
+    values = _code_values(element, codes.device)
+    return values.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
 
 
 def pack(codes: Tensor) -> Tensor:
     """[R, C] codes (uint8, below 16) -> [R, C/2] bytes, element 2j in the low nibble."""
-    pairs = codes.unflatten(-1, (-1, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    both = codes.contiguous().view(torch.int16)  # little-endian: element 2j is the low byte
+    return (both | (both >> 4)).to(torch.uint8)
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -59,8 +60,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 def decode_packed(packed: Tensor, element: ElementFormat) -> Tensor:
     """[R, C/2] bytes -> [R, C] fp32 values: one table look-up for two elements."""
-    pairs = _pair_values(element, packed.device)[packed.to(torch.int32)]
-    return pairs.flatten(-2)
+    return _look_up_pairs(_pair_values(element, packed.device), packed).flatten(-2)
 
 
 def encode_e4m3(x: Tensor) -> Tensor:
@@ -102,26 +102,53 @@ def decode_e8m0(codes: Tensor) -> Tensor:
     return torch.where(exponent == 255, float("nan"), bits.view(torch.float32))
 
 
-def _with_sign(index: Tensor, u: Tensor, element: ElementFormat) -> Tensor:
-    sign = torch.signbit(u).to(torch.uint8) << (element.bits - 1)
-    return index.to(torch.uint8) | sign
+def _interval(magnitude: Tensor, boundaries: tuple[float, ...], closed_right: bool) -> Tensor:
+    """uint8 number of boundaries below `magnitude` (or at it, unless intervals are closed on the right); NaN counts all.
+
+    On a CPU a comparison for each of the few boundaries is several times as fast as a binary search.
+    """
+    if magnitude.is_cuda:
+        edges = _edges(boundaries, magnitude.device)
+        return torch.bucketize(magnitude.contiguous(), edges, right=not closed_right, out_int32=True).to(torch.uint8)
+    index = torch.full_like(magnitude, len(boundaries), dtype=torch.uint8)
+    for edge in boundaries:
+        under = magnitude <= edge if closed_right else magnitude < edge
+        index -= under.view(torch.uint8)
+    return index
 
 
 @lru_cache(maxsize=64)
-def _nearest_boundaries(element: ElementFormat, device: torch.device) -> Tensor:
-    """index = number of boundaries strictly below |u|: midpoints, moved one ulp down where a tie must go up."""
+def _edges(boundaries: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(boundaries, dtype=torch.float32, device=device)
+
+
+def _look_up_pairs(table: Tensor, index: Tensor) -> Tensor:
+    """[n, 2] fp32 table, index [...] uint8 -> [..., 2]: each pair moves as one 64-bit word."""
+    words = table.view(torch.float64).flatten()
+    found = words.index_select(0, index.reshape(-1).to(torch.int32))
+    return found.view(torch.float32).reshape(*index.shape, 2)
+
+
+def _with_sign(index: Tensor, u: Tensor, element: ElementFormat) -> Tensor:
+    return index | torch.signbit(u).view(torch.uint8) * 2 ** (element.bits - 1)
+
+
+@lru_cache(maxsize=64)
+def _nearest_boundaries(element: ElementFormat) -> tuple[float, ...]:
+    """Index = number of boundaries strictly below |u|: midpoints, moved one ulp down where a tie must go up."""
     levels = np.array(element.levels, dtype=np.float32)
     mids = (levels[:-1] + levels[1:]) / np.float32(2)
     tie_goes_up = np.arange(len(mids)) % 2 == 1  # from odd index i to the even index i + 1
     down = np.nextafter(mids, np.float32(0))
-    return torch.from_numpy(np.where(tie_goes_up, down, mids)).to(device)
+    return tuple(float(b) for b in np.where(tie_goes_up, down, mids))
 
 
 @lru_cache(maxsize=64)
-def _levels_and_gaps(element: ElementFormat, device: torch.device) -> tuple[Tensor, Tensor]:
+def _levels_and_gaps(element: ElementFormat, device: torch.device) -> Tensor:
+    """[levels, 2]: each level and 1 / (its distance to the next)."""
     levels = torch.tensor(element.levels, dtype=torch.float32)
     inverse = torch.cat((1.0 / (levels[1:] - levels[:-1]), torch.zeros(1)))  # at the top level nothing is above
-    return levels.to(device), inverse.to(device)
+    return torch.stack((levels, inverse), dim=-1).to(device)
 
 
 @lru_cache(maxsize=64)

@@ -16,13 +16,15 @@ from fp4dist.numerics import codes as c
 from fp4dist.numerics import rng, scales
 from fp4dist.numerics.rotation import rotate
 from fp4dist.numerics.tensor import BlockScaledTensor, Key
-from fp4dist.spec.blocks import AbsMax, Eden, FourOverSix, Nearest
+from fp4dist.spec.blocks import AbsMax, Eden, Floor, FourOverSix, Nearest
 from fp4dist.spec.recipe import QuantSpec
 
 ReduceMax = Callable[[Tensor], Tensor]
 
 
-def quantize(x_RC: Tensor, spec: QuantSpec, key: Key | None = None, reduce_max: ReduceMax | None = None) -> BlockScaledTensor:
+def quantize(
+    x_RC: Tensor, spec: QuantSpec, key: Key | None = None, reduce_max: ReduceMax | None = None
+) -> BlockScaledTensor:
     """Quantize a matrix along its last dimension.
 
     x_RC        [R, C] bf16 or fp32; R a multiple of the block's rows, C of its columns and of the rotation size
@@ -91,7 +93,8 @@ def _plain(x: Tensor, spec: QuantSpec, key: Key | None, reduce_max: ReduceMax | 
         chosen = scales.e4m3_scales(a_b, _logical_amax(a_b, reduce_max), spec.rule.budget, v)
     else:
         chosen = scales.e8m0_scales(a_b, spec.rule)  # type: ignore[arg-type] (FourOverSix went elsewhere)
-        x = x * scales.fp32(1.0 / float(chosen.global_scale)) if getattr(spec.rule, "headroom", 1.0) != 1 else x
+        if isinstance(spec.rule, Floor):  # headroom acts after the scale is chosen
+            x = x * scales.fp32(1.0 / spec.rule.headroom)
     codes = _round(_scaled(x, chosen.multiplier, spec), spec, key)
     return BlockScaledTensor(c.pack(codes), chosen.bytes, chosen.global_scale, spec.format, spec.shape)
 
@@ -105,10 +108,10 @@ def _four_over_six(
     s_enc, s_dec = scales.global_encode(_logical_amax(a_b, reduce_max), rule.budget, v)
     raw = scales.raw_e4m3_scale(a_b, s_enc, v)
     tries = []
-    for stretch in (1.0, 1.5):  # round after the stretch: s4 = E4M3(1.5 a_b / (6 g))
+    for stretch, draw in ((1.0, key), (1.5, key and key.second_try())):  # s4 = E4M3(1.5 a_b / (6 g))
         scale_bytes = c.encode_e4m3(raw * stretch)
-        codes = _round(_scaled(x, scales.encode_multiplier(scale_bytes, s_enc), spec), spec, key)
-        tried = BlockScaledTensor(c.pack(codes), scale_bytes, 1.0 / s_enc, spec.format, spec.shape)
+        codes = _round(_scaled(x, scales.encode_multiplier(scale_bytes, s_enc), spec), spec, draw)
+        tried = BlockScaledTensor(c.pack(codes), scale_bytes, scales.divide(1.0, s_enc), spec.format, spec.shape)
         tries.append((codes, scale_bytes, _block_error(x, tried, rule)))
     (codes6, bytes6, error6), (codes4, bytes4, error4) = tries
     four = error4 < error6
@@ -134,16 +137,18 @@ def _eden(y: Tensor, spec: QuantSpec, eden: Eden, key: Key, reduce_max: ReduceMa
     if eden.align == "pre":
         s_enc, s_dec = scales.global_encode(_logical_amax(a_b, reduce_max), eden.budget, v)
         scale_bytes = c.encode_e4m3(scales.raw_e4m3_scale(a_b, s_enc, v))
-        u = _flat(_blocked(y, spec.shape) * scales.encode_multiplier(scale_bytes, s_enc)[:, None, :, None])
+        multiplier = torch.where(scale_bytes == 0, 0.0, scales.encode_multiplier(scale_bytes, s_enc))
+        u = _flat(_blocked(y, spec.shape) * multiplier[:, None, :, None])
         relative_scale = c.decode_e4m3(scale_bytes)
     else:
-        q = a_b / v
+        s_dec = None
+        q = scales.divide(a_b, v)
         u = _flat(_blocked(y, spec.shape) * scales.guarded_reciprocal(q)[:, None, :, None])
         relative_scale = q
     codes = c.encode_nearest(u, spec.format.element)
     corrected = relative_scale * _correction(u, codes, spec)
-    if eden.align == "post_hoc":
-        s_dec = _logical_amax(corrected, reduce_max) / eden.budget
+    if s_dec is None:
+        s_dec = scales.divide(_logical_amax(corrected, reduce_max), eden.budget)
         corrected = corrected / torch.where(s_dec == 0, 1.0, s_dec)
         s_dec = torch.where(s_dec.isfinite(), torch.where(s_dec == 0, 1.0, s_dec), float("nan"))
     noise = rng.scale_noise(corrected.shape, key, spec.shape[1], y.device)
@@ -195,7 +200,7 @@ def _needed(key: Key | None) -> Key:
 
 
 def _check(x: Tensor, spec: QuantSpec, key: Key | None) -> None:
-    rows, columns = spec.shape
+    rows, _ = spec.shape
     if x.dim() != 2:
         raise ValueError(f"expected a matrix [R, C], got shape {list(x.shape)}; flatten the leading dimensions")
     if x.dtype not in (torch.bfloat16, torch.float32):

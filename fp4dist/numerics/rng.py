@@ -35,16 +35,16 @@ def words(index: Tensor, key: Key) -> Tensor:
     """[..., 4] int64 words for counter indices `index` (int64) under `key`."""
     counter = [index & MASK]
     for value in (key.micro_batch, key.step, key.slot + SLOTS_PER_STREAM * key.stream):
-        counter.append(torch.tensor(value & MASK, dtype=torch.int64, device=index.device))
+        counter.append(torch.full((), value & MASK, dtype=torch.int64, device=index.device))
     drawn = philox(tuple(counter), (key.seed & MASK, key.layer & MASK))
     return torch.stack(torch.broadcast_tensors(*drawn), dim=-1)
 
 
 def element_noise(shape: torch.Size, key: Key, device: torch.device) -> Tensor:
-    """[R, C] int64 in [0, 2**16): one half-word per element of this shard. C, column offset multiples of 8."""
+    """[R, C] int32 in [0, 2**16): one half-word per element of this shard. C, column offset multiples of 8."""
     drawn = words(_indices(shape, key, 8, device), key)
-    halves = torch.stack((drawn & 0xFFFF, drawn >> 16), dim=-1)
-    return halves.reshape(shape)
+    halves = drawn.to(torch.int32).view(torch.int16)  # little-endian: the low half of each word comes first
+    return halves.reshape(shape).to(torch.int32) & 0xFFFF
 
 
 def scale_noise(blocks: torch.Size, key: Key, block_columns: int, device: torch.device) -> Tensor:

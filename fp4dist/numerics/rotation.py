@@ -6,6 +6,8 @@ because 1/sqrt(128) is not exact in bf16 and would shrink every backward GEMM by
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -33,10 +35,15 @@ def sign_vector(rotation: Hadamard, key: Key | None, device: torch.device) -> Te
     if rotation.signs == "none":
         return None
     if rotation.signs == "fixed":
-        return torch.tensor(FIXED_SIGNS[: rotation.size], dtype=torch.float32, device=device)
+        return _fixed_signs(device)
     if key is None:
         raise ValueError("a rotation with fresh signs needs a key")
     return random_signs(rotation.size, key.signs(), device)
+
+
+@lru_cache(maxsize=8)
+def _fixed_signs(device: torch.device) -> Tensor:
+    return torch.tensor(FIXED_SIGNS, dtype=torch.float32, device=device)
 
 
 def rotate(x: Tensor, rotation: Hadamard, key: Key | None) -> Tensor:

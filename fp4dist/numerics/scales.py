@@ -45,11 +45,25 @@ def target_max(element_max: float, headroom: float) -> float:
     return fp32(element_max / headroom)
 
 
+def divide(a: Tensor | float, b: Tensor | float) -> Tensor:
+    """A / b, correctly rounded in fp32 on every device. One of them is a tensor.
+
+    torch computes `number / tensor` as number * reciprocal and, on CUDA, `tensor / number` as tensor * (1 / number):
+    both round twice. Dividing two device tensors does not.
+    """
+    a, b = (v if isinstance(v, Tensor) else torch.full((), v, device=_device(a, b)) for v in (a, b))
+    return a / b
+
+
+def _device(*values: Tensor | float) -> torch.device:
+    return next(v.device for v in values if isinstance(v, Tensor))
+
+
 def global_encode(amax: Tensor, budget: float, v: float) -> tuple[Tensor, Tensor]:
     """(S_enc, 1/S_enc) of a tensor with amax A []; the second is the global decode scale, NaN when A is not finite."""
-    s_enc = (fp32(fp32(budget) * v) / amax).clamp(max=FLT_MAX)
+    s_enc = divide(fp32(fp32(budget) * v), amax).clamp(max=FLT_MAX)
     s_enc = torch.where((amax == 0) | (s_enc == 0), 1.0, s_enc)
-    return s_enc, torch.where(amax.isfinite(), 1.0 / s_enc, float("nan"))
+    return s_enc, torch.where(amax.isfinite(), divide(1.0, s_enc), float("nan"))
 
 
 def raw_e4m3_scale(block_amax: Tensor, s_enc: Tensor, v: float) -> Tensor:
@@ -59,7 +73,7 @@ def raw_e4m3_scale(block_amax: Tensor, s_enc: Tensor, v: float) -> Tensor:
 
 def encode_multiplier(scale_bytes: Tensor, s_enc: Tensor) -> Tensor:
     """min(1 / (s (1/S_enc)), FLT_MAX) from the *rounded* scale."""
-    return (1.0 / (decode_e4m3(scale_bytes) * (1.0 / s_enc))).clamp(max=FLT_MAX)
+    return divide(1.0, decode_e4m3(scale_bytes) * divide(1.0, s_enc)).clamp(max=FLT_MAX)
 
 
 def e4m3_scales(block_amax: Tensor, amax: Tensor, budget: float, v: float) -> BlockScales:
@@ -82,9 +96,9 @@ def e8m0_scales(block_amax: Tensor, rule: Floor | Ceil) -> BlockScales:
         byte = byte + ((bits & 0x7FFFFF) > 0x400000).to(torch.int32)
     byte = torch.where(exponent == 255, 255, byte.clamp(0, 254)).to(torch.uint8)
     headroom = fp32(rule.headroom) if isinstance(rule, Floor) else 1.0
-    return BlockScales(byte, 1.0 / decode_e8m0(byte), torch.tensor(headroom, device=block_amax.device))
+    return BlockScales(byte, divide(1.0, decode_e8m0(byte)), torch.full((), headroom, device=block_amax.device))
 
 
 def guarded_reciprocal(d: Tensor) -> Tensor:
     """1/d, and 0 where d is 0 or subnormal: a flushed divisor must not become inf and then NaN."""
-    return torch.where(d.abs() < FLT_MIN, 0.0, 1.0 / d)
+    return torch.where(d.abs() < FLT_MIN, 0.0, divide(1.0, d))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fp4dist.spec.formats import Format
-from fp4dist.spec.recipe import SLOTS
 
 
 class Stream(IntEnum):
@@ -17,6 +16,7 @@ class Stream(IntEnum):
 
     ROUNDING = 0
     SIGNS = 1
+    SECOND_TRY = 2  # of a quantizer that rounds twice and keeps one result
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,14 @@ class Key:
     column: int = 0
     columns: int | None = None
 
+    def second_try(self) -> Key:
+        """The key of a second, independent draw."""
+        return replace(self, stream=Stream.SECOND_TRY)
+
     def signs(self) -> Key:
         """The key of the rotation's signs: one per GEMM, so that both operands share it."""
-        gemm_slot = SLOTS.index(SLOTS[self.slot]) // 2 * 2
-        return replace(self, slot=gemm_slot, stream=Stream.SIGNS, row=0, column=0, columns=None)
+        first_slot = self.slot // 2 * 2  # a GEMM's operands are neighbours in SLOTS
+        return replace(self, slot=first_slot, stream=Stream.SIGNS, row=0, column=0, columns=None)
 
 
 @dataclass(frozen=True, slots=True)

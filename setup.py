@@ -1,0 +1,103 @@
+"""Metadata, extras and the optional CUDA extension of fp4dist. It touches no network and imports nothing of ours.
+
+    pip install -c constraints.txt .                                       pure Python, no compiler is touched
+    FP4DIST_CUDA=1 pip install --no-build-isolation -c constraints.txt .   also builds csrc/ into fp4dist._C
+
+The second form compiles against the torch that is installed, hence --no-build-isolation. TORCH_CUDA_ARCH_LIST
+(for example "9.0;10.0;10.3;12.0") chooses the architectures, by default those of the GPUs that are present.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+CORE = [
+    "torch>=2.11,<2.14",
+    "numpy",
+    "pyyaml",
+    'triton; platform_system == "Linux"',
+    "megatron-core>=0.16,<0.21",
+    "deepspeed",
+    "tokenizers",
+    "tensorboard",
+    "matplotlib",
+]
+LINT = ["ruff", "pyright[nodejs]"]
+EXTRAS = {
+    "test": ["pytest", "pytest-xdist", "hypothesis", "ml_dtypes", "zstandard", *LINT],
+    "wandb": ["wandb"],
+    "export": ["safetensors"],
+    "zstd": ["zstandard"],
+    "dev": ["pre-commit", *LINT],
+}
+
+
+def version() -> str:
+    """The version, read from the package's text: importing the package would need its dependencies."""
+    text = (ROOT / "fp4dist" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise SystemExit('fp4dist/__init__.py: no line __version__ = "X.Y.Z"')
+    return found.group(1)
+
+
+def cuda_build() -> dict[str, Any]:
+    """The setup() arguments of the CUDA extension; empty unless FP4DIST_CUDA=1."""
+    wanted = os.environ.get("FP4DIST_CUDA", "0")
+    if wanted in ("", "0"):
+        return {}
+    if wanted != "1":
+        raise SystemExit(f"FP4DIST_CUDA = {wanted!r} must be 0 or 1")
+    retry = "then run: FP4DIST_CUDA=1 pip install --no-build-isolation -c constraints.txt ."
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CUDAExtension
+    except ImportError as missing:
+        raise SystemExit(
+            f"FP4DIST_CUDA=1 compiles against the installed torch, which this build cannot import ({missing}); "
+            f"pip's build isolation hides it. Install torch and setuptools, {retry}"
+        ) from missing
+    if torch.version.cuda is None:
+        raise SystemExit(
+            f"FP4DIST_CUDA=1 needs a CUDA build of torch; {torch.__version__} is for the CPU. Install one, {retry}"
+        )
+    if CUDA_HOME is None or shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")) is None:
+        raise SystemExit(
+            f"FP4DIST_CUDA=1 needs nvcc, and there is none in CUDA_HOME ({CUDA_HOME}) or on PATH. "
+            f"Install the CUDA toolkit {torch.version.cuda} that torch was built with, set CUDA_HOME, {retry}"
+        )
+    csrc = ROOT / "csrc"
+    sources = sorted(str(path.relative_to(ROOT)) for path in [*csrc.glob("*.cpp"), *csrc.glob("*.cu")])
+    # -fmad=false: the numerics contract asks for every operation rounded on its own
+    flags = {"cxx": ["-O3"], "nvcc": ["-O3", "-fmad=false"]}
+    extension = CUDAExtension("fp4dist._C", sources, extra_compile_args=flags)
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+readme = ROOT / "README.md"
+setup(
+    name="fp4dist",
+    version=version(),
+    description="FP4 pretraining backend for Megatron-core and DeepSpeed",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    author="fp4dist authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    packages=[*find_packages(include=["fp4dist", "fp4dist.*"]), "fp4dist.configs"],
+    package_dir={"fp4dist.configs": "configs"},  # the YAMLs stay at the top of a checkout and travel inside a wheel
+    package_data={"fp4dist.configs": ["**/*"]},
+    include_package_data=False,
+    zip_safe=False,
+    **cuda_build(),
+)
