@@ -80,9 +80,13 @@ def resolve(request: Request, config: BackendConfig) -> Kernel:
         reasons.append((backend, reason))
     label = request.spec.label() if request.spec else "plain"
     lines = "\n".join(f"    {backend:<10} {reason}" for backend, reason in reasons)
+    way_out = (
+        "set backend.allow_reference: true to run the (slow, bit-identical) reference"
+        if config.kind == "auto"
+        else "set backend.kind: auto, or reference for the (slow, bit-identical) reference"
+    )
     raise KernelUnavailable(
-        f"no backend can run {request.op}({label}) on {request.device}:\n{lines}\n"
-        "  set backend.allow_reference: true to run the (slow, bit-identical) reference, or choose another backend.kind"
+        f"no backend can run {request.op}({label}) on {request.device}:\n{lines}\n  {way_out}"
     )
 
 

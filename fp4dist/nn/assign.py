@@ -14,6 +14,9 @@ from fp4dist.nn.sites import LinearSite
 from fp4dist.spec.recipe import HIGH_PRECISION, SLOTS, LinearRecipe, Recipe, Rule
 
 
+UNMATCHED = "no rule matches"
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """What one site runs: `linear` is a name in the recipe, `why` says which rule decided."""
@@ -31,8 +34,13 @@ class Assignments:
     remarks: tuple[str, ...]
 
     def named(self, path: str) -> Assignment:
-        """The assignment of the site at `path`."""
-        return next(row for row in self.rows if row.site.path == path)
+        """The assignment of the site at `path`; RecipeMismatch where the list of sites lacks it."""
+        for row in self.rows:
+            if row.site.path == path:
+                return row
+        near = get_close_matches(path, [row.site.path for row in self.rows], 1)
+        hint = f"; nearest: '{near[0]}'" if near else ""
+        raise RecipeMismatch(f"the model's linear '{path}' is not in the list of {len(self.rows)} sites{hint}")
 
 
 def assign(sites: Sequence[LinearSite], recipe: Recipe) -> Assignments:
@@ -44,12 +52,12 @@ def assign(sites: Sequence[LinearSite], recipe: Recipe) -> Assignments:
     for site in sites:
         hit = next((i for i, paths in enumerate(reach) if site.path in paths), None)
         if hit is None:
-            rows.append(Assignment(site, HIGH_PRECISION, "no rule matches"))
+            rows.append(Assignment(site, HIGH_PRECISION, UNMATCHED))
         else:
             rule = recipe.rules[hit]
             rows.append(Assignment(site, rule.linear, f"rule {hit}: {describe(rule, num_layers)}"))
     if recipe.wants_fp4 and all(recipe.linear(r.linear).is_high_precision for r in rows):
-        raise RecipeMismatch(_nothing_became_fp4(sites, recipe))
+        raise RecipeMismatch(_nothing_became_fp4(rows, recipe))
     return Assignments(tuple(rows), tuple(remarks))
 
 
@@ -79,9 +87,9 @@ def check_shapes(site: LinearSite, recipe: LinearRecipe, *, tokens: int | None, 
             size = sizes[dim]
             ranks = tp if dim == site.split else 1
             if size is not None and size % (multiple * ranks):
-                split = f" / tp {ranks}" if ranks > 1 else ""
+                split = f" / tp {ranks} = {size / ranks:g}" if ranks > 1 else ""
                 raise RecipeMismatch(
-                    f"{site.path} {slot}: {names[dim]} {size}{split} = {size / ranks:g} is not a multiple of {multiple},"
+                    f"{site.path} {slot}: {names[dim]} = {size}{split} is not a multiple of {multiple},"
                     f" which {spec.label()} needs; change that size, use a smaller block or rotation,"
                     " or give this layer to bf16 with a rule"
                 )
@@ -95,7 +103,8 @@ def _reach(rule: Rule, index: int, sites: Sequence[LinearSite], num_layers: int,
             remarks.append(f"rule {index}: the model has no {', '.join(lacking)}")
     selected = {site.path for site in sites if _matches(rule, site, num_layers)}
     absent_roles = rule.roles is not None and all(all(s.role != role for s in sites) for role in rule.roles)
-    if not selected and not absent_roles:
+    lost_path = rule.path is not None and not any(fnmatchcase(s.path, rule.path) for s in sites)
+    if not selected and (lost_path or not absent_roles):
         near = get_close_matches(rule.path or "", [s.path for s in sites], 1, cutoff=0.3)
         hint = f"; nearest module path: '{near[0]}'" if near else ""
         raise RecipeMismatch(
@@ -126,15 +135,22 @@ def _layers(rule: Rule, num_layers: int) -> tuple[int, int] | None:
 
 
 def _count(n: float, num_layers: int) -> int:
-    return int(n) if n >= 1 else math.ceil(n * num_layers - 1e-9)
+    return min(int(n), num_layers) if n >= 1 else math.ceil(n * num_layers - 1e-9)
 
 
-def _nothing_became_fp4(sites: Sequence[LinearSite], recipe: Recipe) -> str:
-    if not sites:
+def _nothing_became_fp4(rows: Sequence[Assignment], recipe: Recipe) -> str:
+    if not rows:
         return f"recipe {recipe.name} asks for FP4, but the model has no linear layers that fp4dist can run"
-    known = sorted({s.role for s in sites if s.role})
+    asks = f"recipe {recipe.name} asks for FP4, but no linear of the model got it"
+    taken = next((row for row in rows if row.why != UNMATCHED), None)
+    if taken is not None:
+        return (
+            f"{asks}: {taken.site.path} has {taken.linear} by {taken.why}, which comes before the rules for FP4;"
+            " use a model with more layers, or change or reorder the rules"
+        )
+    known = sorted({row.site.role for row in rows if row.site.role})
     roles = f"its roles are {', '.join(known)}" if known else "none of its module names tells a role"
     return (
-        f"recipe {recipe.name} asks for FP4, but no linear of the model got it: {roles}, for example {sites[0].path!r};"
+        f"{asks}: {roles}, for example '{rows[0].site.path}';"
         " add a rule with a path, such as {path: '*', linear: fp4}"
     )

@@ -59,7 +59,7 @@ class Fp4LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
-        """DX and dW; noise is keyed by the step and micro-batch of this layer's forward."""
+        """Both gradients; noise is keyed by the step and micro-batch of this layer's forward."""
         plan, comm, weight = ctx.plan, ctx.comm, ctx.weight
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         plan.tally.unneeded.update(g for g, needed in (("dgrad", needs_dx), ("wgrad", needs_dw)) if not needed)
@@ -67,9 +67,11 @@ class Fp4LinearFunction(torch.autograd.Function):
         now = (plan.clock.step, plan.clock.micro_batch)
         plan.clock.step, plan.clock.micro_batch = ctx.clock
         dy_TO = dy.flatten(0, -2)
-        finish_dx = comm.reduce_dx(_dgrad(plan, comm, dy, dy_TO, w_q, weight)) if needs_dx else None
-        dw = _wgrad(plan, comm, dy_TO, x, x_q) if needs_dw else None
-        plan.clock.step, plan.clock.micro_batch = now
+        try:
+            finish_dx = comm.reduce_dx(_dgrad(plan, comm, dy, dy_TO, w_q, weight)) if needs_dx else None
+            dw = _wgrad(plan, comm, dy_TO, x, x_q) if needs_dw else None
+        finally:
+            plan.clock.step, plan.clock.micro_batch = now
         dx = finish_dx() if finish_dx is not None else None
         return dx, _hand_over(weight, dw) if dw is not None else None, None, None, None
 
@@ -78,7 +80,7 @@ def _dgrad(plan: LinearPlan, comm: LinearComm, dy: Tensor, dy_TO: Tensor, w_q: C
     """[..., I] in dy's dtype; under tensor parallelism a partial sum."""
     if plan.kind("dgrad") == HIGH:
         plan.count("dgrad", dy_TO.shape[0], weight.shape[1], weight.shape[0])
-        return dy.matmul(weight)
+        return dy.matmul(weight.to(dy.dtype))  # they differ under autocast only
     dy_q = plan.quantize("dgrad.dy", dy_TO, comm)
     wt_q = plan.backward_operand("dgrad.w", w_q, weight, comm)
     return plan.matmul("dgrad", dy_q, wt_q).to(dy.dtype).unflatten(0, dy.shape[:-1])
@@ -111,16 +113,19 @@ def _hand_over(weight: Tensor, dw: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, x: Tensor, x_q: Operand, w_q: Operand) -> None:
-    """Keep for backward: the codes a slot reuses, the input where a slot starts from the master."""
+    """Keep for backward: the codes a slot reuses, the input where a slot starts from the master; nothing for a gradient
+    that nobody asked for.
+    """
     recipe = ctx.plan.recipe
+    needs_dx, needs_dw = ctx.needs_input_grad[:2]
     tensors: list[Tensor] = []
     ctx.codes = {}
-    for name, operand, slot in (("x", x_q, "wgrad.x"), ("w", w_q, "dgrad.w")):
+    for name, operand, slot, needed in (("x", x_q, "wgrad.x", needs_dw), ("w", w_q, "dgrad.w", needs_dx)):
         spec = recipe.slot(slot)
-        if spec is not None and spec.source != "master" and isinstance(operand, BlockScaledTensor):
+        if needed and spec is not None and spec.source != "master" and isinstance(operand, BlockScaledTensor):
             ctx.codes[name] = (len(tensors), operand)
             tensors += [operand.codes, operand.scales, operand.global_scale]
-    ctx.x_index = len(tensors) if "x" not in ctx.codes else None
+    ctx.x_index = len(tensors) if needs_dw and "x" not in ctx.codes else None
     if ctx.x_index is not None:
         tensors.append(x)
     ctx.codes = {name: (i, (q.format, q.block, q.rotation)) for name, (i, q) in ctx.codes.items()}

@@ -21,12 +21,9 @@ class Fp4Linear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Fp4Linear:
-        """An Fp4Linear that shares `linear`'s parameters, so optimizers that hold them keep working."""
-        with torch.device("meta"):
-            made = cls(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype)
-        made.weight = linear.weight
-        made.register_parameter("bias", linear.bias)
-        made.train(linear.training)
+        """An Fp4Linear with `linear`'s parameters, hooks and mode, so optimizers that hold the parameters keep working."""
+        made = cls.__new__(cls)
+        made.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in linear.__dict__.items()})
         return made
 
     def set_plan(self, plan: LinearPlan | None) -> None:
@@ -41,6 +38,8 @@ class Fp4Linear(nn.Linear):
         """[..., I] -> [..., O]."""
         if self.plan is None:
             return super().forward(input)
+        if torch.is_autocast_enabled(input.device.type):  # as torch.nn.functional.linear does
+            input = input.to(torch.get_autocast_dtype(input.device.type))  # noqa: A001
         y = fp4_linear(input, self.weight, self.plan, self.comm)
         bias: Tensor | None = self.bias
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)

@@ -75,8 +75,12 @@ class LinearPlan:
         return self.kernels[slot](x, spec, self._key(slot, x.shape, comm), comm.reduce_max(slot))
 
     def quantize_weight(self, weight: Tensor, comm: LinearComm, training: bool) -> Operand:
-        """The forward weight operand, kept for the rest of the step where the clock allows it."""
-        cacheable = self.clock.cache_weights and training and self.spec("fprop.w") is not None
+        """The forward weight operand, kept for the rest of the step where the clock allows it.
+
+        Only one without noise: its bits then do not depend on which micro-batch came first.
+        """
+        spec = self.spec("fprop.w")
+        cacheable = self.clock.cache_weights and training and spec is not None and spec.is_deterministic
         if cacheable and self._weight is not None and self._weight[0] == self.clock.step:
             return self._weight[1]
         operand = self.quantize("fprop.w", weight, comm)

@@ -10,38 +10,25 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import Dim, LinearComm
 from fp4dist.nn.plan import LinearPlan
 
-# Last component of a module's path -> role. Megatron | Hugging Face | common plain names.
-ROLE_NAMES: dict[str, frozenset[str]] = {
-    "qkv": frozenset(
-        [
-            "linear_qkv",
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "qkv_proj",
-            "query",
-            "key",
-            "value",
-            "wqkv",
-            "qkv",
-            "wq",
-            "wk",
-            "wv",
-            "to_q",
-            "to_k",
-            "to_v",
-        ]
-    ),
-    "proj": frozenset(["linear_proj", "o_proj", "out_proj", "wo", "to_out", "dense"]),
-    "fc1": frozenset(["linear_fc1", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc"]),
-    "fc2": frozenset(["linear_fc2", "down_proj", "w2", "fc2"]),
-    "head": frozenset(["output_layer", "lm_head", "head", "output"]),
-    "router": frozenset(["router", "gate"]),
-    "embedding": frozenset(["word_embeddings", "embed_tokens", "wte"]),
+# Role -> last components of module paths: Megatron, Hugging Face, common plain names.
+ROLE_NAMES: dict[str, str] = {
+    "qkv": "linear_qkv q_proj k_proj v_proj qkv_proj query_key_value c_attn query key value"
+    " wqkv qkv wq wk wv to_q to_k to_v",
+    "proj": "linear_proj o_proj out_proj wo to_out",
+    "fc1": "linear_fc1 gate_proj up_proj gate_up_proj dense_h_to_4h w1 w3 fc1 c_fc",
+    "fc2": "linear_fc2 down_proj dense_4h_to_h w2 fc2",
+    "head": "output_layer lm_head head output",
+    "router": "router gate",
+    "embedding": "word_embeddings embed_tokens wte",
 }
+_ROLE_OF = {name: role for role, names in ROLE_NAMES.items() for name in names.split()}
+# Names that mean one thing inside attention and another (or nothing we know) elsewhere.
+_ROLE_BY_PLACE = {"c_proj": ("proj", "fc2"), "dense": ("proj", "")}
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _EXPERT = re.compile(r"(^|\.)(local_)?experts(\.|$)")
 _LAYER = re.compile(r"((?:^|\.)(?:layers|blocks|block|h|layer)\.)(\d+)(?=\.)")
 # How tensor parallelism shards a role's weight [O, I].
@@ -97,11 +84,14 @@ def role_of(path: str) -> str:
     if _EXPERT.search(path):
         return "expert"
     last = path.rsplit(".", 1)[-1]
-    return next((role for role, names in ROLE_NAMES.items() if last in names), "")
+    if last in _ROLE_BY_PLACE:
+        inside, outside = _ROLE_BY_PLACE[last]
+        return inside if _ATTENTION.search(path) else outside
+    return _ROLE_OF.get(last, "")
 
 
 def global_path(path: str, layer_offset: int) -> str:
-    """Renumber a pipeline stage's layers: `decoder.layers.0` of a stage that starts at layer 8 is `decoder.layers.8`."""
+    """Renumber a pipeline stage's layers: `decoder.layers.0` of a stage that starts at layer 8: `decoder.layers.8`."""
     return _LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + layer_offset}", path, count=1) if layer_offset else path
 
 
@@ -133,7 +123,9 @@ def check_numbers(sites: Iterable[LinearSite]) -> None:
     for site in sites:
         other = seen.setdefault(site.number, site.path)
         if other != site.path:
-            raise ValueError(f"{other} and {site.path} hash to the same noise number {site.number}; rename one module")
+            raise RecipeMismatch(
+                f"{other} and {site.path} hash to the same noise number {site.number}; rename one module"
+            )
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:

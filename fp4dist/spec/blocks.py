@@ -128,4 +128,6 @@ class Hadamard:
         if self.size not in (16, 32, 64, 128):
             raise ValueError(f"size = {self.size} must be 16, 32, 64 or 128")
         if self.signs == "fixed" and self.size > 16:
-            raise ValueError(f"size = {self.size} with fixed signs: the published sign vector has 16 entries; use fresh")
+            raise ValueError(
+                f"size = {self.size} with fixed signs: the published sign vector has 16 entries; use fresh"
+            )

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,6 +21,8 @@ from fp4dist.errors import ConfigError
 from fp4dist.spec.recipe import HIGH_PRECISION
 
 NONE = type(None)
+_DECIMAL = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+_NUMBER = re.compile(rf"\s*{_DECIMAL}\s*(/\s*{_DECIMAL}\s*)?")
 
 
 def build(tp: Any, value: Any, path: str = "") -> Any:
@@ -35,7 +39,7 @@ def build(tp: Any, value: Any, path: str = "") -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _error(path, f"expected a mapping, got {value!r}")
-        return {k: build(args[1], v, f"{path}.{k}") for k, v in value.items()}
+        return {build(args[0], k, _join(path, k)): build(args[1], v, _join(path, k)) for k, v in value.items()}
     if dataclasses.is_dataclass(tp):
         return _dataclass(typing.cast(type, tp), value, path)
     if tp is float:
@@ -47,9 +51,9 @@ def build(tp: Any, value: Any, path: str = "") -> Any:
 
 def plain(value: Any) -> Any:
     """Inverse of `build`: dataclasses to mappings, named formats to their names, tuples to lists."""
-    if hasattr(type(value), "from_name") and value.name in type(value).names():
-        if type(value).from_name(value.name) == value:
-            return value.name
+    named = hasattr(type(value), "from_name") and value.name in type(value).names()
+    if named and type(value).from_name(value.name) == value:
+        return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -60,17 +64,20 @@ def plain(value: Any) -> Any:
 
 
 def _float(value: Any, path: str) -> float:
-    """A number, a fraction such as '17/16', or an exponent form that YAML reads as a string ('2e-3')."""
-    if type(value) in (int, float):
-        return float(value)
-    if isinstance(value, str):
-        try:
-            parts = [float(p) for p in value.split("/")]
-            if len(parts) <= 2:
-                return parts[0] / parts[1] if len(parts) == 2 else parts[0]
-        except (ValueError, ZeroDivisionError):
-            pass
-    raise _error(path, f"expected a number, got {value!r} ({type(value).__name__})")
+    """A finite number, a fraction such as '17/16', or an exponent form that YAML reads as a string ('2e-3')."""
+    number = _parsed_number(str(value)) if type(value) in (int, float, str) else math.nan
+    if not math.isfinite(number):
+        raise _error(path, f"expected a finite number, got {value!r} ({type(value).__name__})")
+    return number
+
+
+def _parsed_number(text: str) -> float:
+    """NaN where `text` is no number."""
+    if not _NUMBER.fullmatch(text):
+        return math.nan
+    above, _, below = text.partition("/")
+    divisor = float(below or 1)
+    return float(above) / divisor if divisor else math.nan
 
 
 def _tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -119,13 +126,16 @@ def _dataclass(tp: type, value: Any, path: str) -> Any:
 def _union(args: tuple[Any, ...], value: Any, path: str) -> Any:
     if value is None and NONE in args:
         return None
-    tags = {_tag(t): t for t in args if dataclasses.is_dataclass(t) and "kind" in typing.get_type_hints(t)}
+    blocks: list[type] = [t for t in args if isinstance(t, type) and "kind" in typing.get_type_hints(t)]
+    tags = {_tag(t): t for t in blocks}
     if tags:
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, tuple(blocks)):
             return value
         value = {"kind": value} if isinstance(value, str) else value
-        kind = value.get("kind") if isinstance(value, Mapping) else None
-        if kind not in tags:
+        if not isinstance(value, Mapping) or "kind" not in value:
+            raise _error(path, f"expected one of {', '.join(tags)}, or a mapping with that `kind`; got {value!r}")
+        kind = value["kind"]
+        if not isinstance(kind, str) or kind not in tags:
             raise _error(_join(path, "kind"), f"{kind!r} is not one of {', '.join(tags)}", str(kind), tags)
         return build(tags[kind], value, path)
     target = next(t for t in args if t is not NONE)
@@ -144,4 +154,4 @@ def _join(path: str, key: object) -> str:
 
 def _error(path: str, what: str, got: str = "", known: Iterable[str] = ()) -> ConfigError:
     near = difflib.get_close_matches(got, list(known), 1) if got else []
-    return ConfigError(f"{path or '<root>'}: {what}" + (f"; did you mean '{near[0]}'?" if near else ""))
+    return ConfigError(f"{path}: {what}".removeprefix(": ") + (f"; did you mean '{near[0]}'?" if near else ""))

@@ -25,6 +25,7 @@ from fp4dist.spec.run import ModelConfig, RunConfig
 _SECTIONS = {"recipe": "recipes", "model": "models"}  # keys of a run file that may be a bare name -> shipped folder
 # Keys that do not change what is computed: two runs that differ only here are the same run.
 _NOT_IDENTITY = ("logging", "checkpoint", "backend")
+_FOLDERS = ("recipes", "models", "runs")
 
 
 def config_root() -> Path:
@@ -39,23 +40,23 @@ def config_root() -> Path:
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file, apply `key.sub=value` overrides, and return the checked RunConfig."""
     file = _find(str(path), "runs", None)
-    raw = _expand_sections(_read(file), file)
+    raw = _expand_sections(_read(file, "runs"), file)
     for text in overrides:
         _override(raw, text)
-    raw = _expand_sections(raw, file)
+        raw = _expand_sections(raw, file)
     return _build_file(RunConfig, raw, file)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """Read a recipe by shipped name or by path."""
     file = _find(str(name_or_path), "recipes", None)
-    return _build_file(Recipe, _read(file), file)
+    return _build_file(Recipe, _read(file, "recipes"), file)
 
 
 def load_model(name_or_path: str | Path) -> ModelConfig:
     """Read a model by shipped name or by path."""
     file = _find(str(name_or_path), "models", None)
-    return _build_file(ModelConfig, _read(file), file)
+    return _build_file(ModelConfig, _read(file, "models"), file)
 
 
 def shipped(kind: str) -> list[str]:
@@ -88,7 +89,16 @@ def model_hash(model: ModelConfig) -> str:
 
 
 def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_canonical(data), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _canonical(data: Any) -> Any:
+    """Equal objects have equal hashes: a float field that Python code filled with `1` is `1.0` in YAML."""
+    if isinstance(data, Mapping):
+        return {k: _canonical(v) for k, v in data.items()}
+    if isinstance(data, list):
+        return [_canonical(v) for v in data]
+    return int(data) if isinstance(data, float) and data.is_integer() else data
 
 
 def _build_file(tp: type, raw: Any, file: Path) -> Any:
@@ -99,11 +109,8 @@ def _build_file(tp: type, raw: Any, file: Path) -> Any:
 
 
 def _find(name: str, kind: str, beside: Path | None) -> Path:
-    if "/" in name or name.endswith((".yaml", ".yml")):
-        candidates = [Path(name), *([beside.parent / name] if beside else []), config_root() / name.removeprefix("configs/")]
-    else:
-        local = [beside.parent / f"{name}.yaml", beside.parent.parent / kind / f"{name}.yaml"] if beside else []
-        candidates = [*local, config_root() / kind / f"{name}.yaml"]
+    """The file that `name` means in the file `beside`."""
+    candidates = _candidates(name, kind, beside)
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -112,63 +119,120 @@ def _find(name: str, kind: str, beside: Path | None) -> Path:
     raise ConfigError(f"{kind}: no file for {name!r} (looked at {', '.join(map(str, candidates))}){hint}")
 
 
+def _candidates(name: str, kind: str, beside: Path | None) -> list[Path]:
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        near = [beside.parent / name] if beside else []
+        return [Path(name), *near, config_root() / name.removeprefix("configs/")]
+    file = f"{name}.yaml"
+    candidates = [config_root() / kind / file]
+    if beside is not None:
+        candidates.insert(0, beside.parent.parent / kind / file)
+        if beside.parent.name not in _FOLDERS or beside.parent.name == kind:  # runs/a.yaml does not name a model `a`
+            candidates.insert(0, beside.parent / file)
+        # a file that names itself means another of that name, if there is one: a local `bf16` may extend the shipped
+        candidates.sort(key=lambda c: c.resolve() == beside.resolve())
+    return candidates
+
+
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice: YAML would silently keep the last one."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Judge keys as they are written, before `<<` merges others in."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise ConfigError(f"line {key.start_mark.line + 1}: key {key.value!r} is given twice; keep one")
+                seen.add((key.tag, key.value))
+        return node
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """Parse one YAML file and merge what it `extends` underneath it."""
+def _parse(text: str) -> Any:
+    """Plain data in which nothing is shared: an override of one place must not reach the others of a YAML anchor."""
+    return _unshared(yaml.load(text, Loader=_StrictLoader), ())
+
+
+def _unshared(value: Any, above: tuple[int, ...]) -> Any:
+    if id(value) in above:
+        raise ConfigError("an alias refers to a place that contains it")
+    if isinstance(value, dict):
+        return {k: _unshared(v, (*above, id(value))) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_unshared(v, (*above, id(value))) for v in value]
+    return value
+
+
+def _read(file: Path, kind: str, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Parse one YAML file and merge what it `extends` underneath it. chain: the files that led here."""
     try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader subclass)
+        raw = _parse(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{file}: not valid YAML: {e}") from e
     except ConfigError as e:
         raise ConfigError(f"{file}: {e}") from e
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected a mapping at the top, got {type(raw).__name__}")
-    return _extend(raw, file, file.parent.name, (file.resolve(),))
+    return _extend(raw, file, kind, (*chain, file.resolve()))
 
 
 def _extend(raw: dict[str, Any], file: Path, kind: str, chain: tuple[Path, ...]) -> dict[str, Any]:
     """Resolve `extends: name or [names]`; later bases win over earlier ones, the file itself wins over all."""
-    if "extends" not in raw:
-        return raw
-    names = raw["extends"] if isinstance(raw["extends"], list) else [raw["extends"]]
-    merged: dict[str, Any] = {}
-    for name in names:
-        base = _find(str(name), kind, file)
+    bases: dict[str, Any] = {}
+    for name in _names(raw.get("extends", []), file):
+        base = _find(name, kind, file)
         if base.resolve() in chain:
             raise ConfigError(f"{file}: extends {name!r} leads back to itself")
-        parsed = yaml.load(base.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
-        merged = _merge(merged, _extend(parsed, base, kind, (*chain, base.resolve())))
-    return _merge(merged, {k: v for k, v in raw.items() if k != "extends"})
+        bases = _overlay(bases, _read(base, kind, chain))
+    own = {k: v for k, v in raw.items() if k != "extends"}
+    return _overlay(bases, _anchor_sections(own, file) if kind == "runs" else own)
+
+
+def _names(extends: Any, file: Path) -> list[str]:
+    names = extends if isinstance(extends, list) else [extends]
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"{file}: extends: expected a name, a path or a list of them, got {name!r}")
+    return names
+
+
+def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge, but a section that names a file of its own replaces the base's section."""
+    replaced = [k for k, v in over.items() if isinstance(v, dict) and "extends" in v]
+    return _merge({k: v for k, v in base.items() if k not in replaced}, over)
 
 
 def _merge(base: Any, over: Any) -> Any:
     """Mappings merge key by key, unless their `kind` differs; everything else is replaced."""
-    if not isinstance(base, dict) or not isinstance(over, dict) or base.get("kind") != over.get("kind", base.get("kind")):
+    if (
+        not isinstance(base, dict)
+        or not isinstance(over, dict)
+        or base.get("kind") != over.get("kind", base.get("kind"))
+    ):
         return over
     return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in over.items()}}
 
 
-def _expand_sections(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Replace `recipe: name` and `model: name` (or `{extends: name, ...}`) by the file's content."""
+def _anchor_sections(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    """`recipe: name` and `{extends: name, ...}` with the paths that `file` means, so that other files can extend it."""
     out = dict(raw)
     for key, kind in _SECTIONS.items():
         value = out.get(key)
         if isinstance(value, str):
-            out[key] = _read(_find(value, kind, file))
+            out[key] = {"extends": [str(_find(value, kind, file).resolve())]}
         elif isinstance(value, Mapping) and "extends" in value:
-            out[key] = _extend(dict(value), file, kind, ())
+            paths = [str(_find(name, kind, file).resolve()) for name in _names(value["extends"], file)]
+            out[key] = {**value, "extends": paths}
+    return out
+
+
+def _expand_sections(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Replace `recipe: name` and `model: name` (or `{extends: name, ...}`) by the file's content."""
+    out = _anchor_sections(raw, file)
+    for key, kind in _SECTIONS.items():
+        if isinstance(out.get(key), Mapping):
+            out[key] = _extend(out[key], file, kind, ())
     return out
 
 
@@ -178,8 +242,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
     if not sign or not key:
         raise ConfigError(f"--set {text!r}: expected key.sub=value")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as e:
+        parsed = _parse(value)
+    except (yaml.YAMLError, ConfigError) as e:
         raise ConfigError(f"--set {key}: {value!r} is not valid YAML: {e}") from e
     node: Any = raw
     *parents, last = key.split(".")
@@ -191,19 +255,16 @@ def _override(raw: dict[str, Any], text: str) -> None:
     elif isinstance(node, dict):
         node[last] = parsed
     else:
-        raise ConfigError(f"--set {key}: {'.'.join(parents)} is {node!r}, not a section")
+        raise ConfigError(f"--set {key}: {'.'.join(parents)} is {node!r}, not a section; set it as a whole")
 
 
 def _child(node: Any, part: str, path: str) -> Any:
     if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
+        if not part.isdecimal() or int(part) >= len(node):
             raise ConfigError(f"--set {path}: {part!r} is not an index below {len(node)}")
         return node[int(part)]
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {path}: {node!r} is not a section")
-    return node.setdefault(part, {}) if node.get(part) is not None else _new_section(node, part)
-
-
-def _new_section(node: dict[str, Any], part: str) -> dict[str, Any]:
-    node[part] = {}
+        raise ConfigError(f"--set {path}: {node!r} is not a section; set it as a whole")
+    if node.get(part) is None:
+        node[part] = {}
     return node[part]

@@ -1,7 +1,7 @@
 """Recipes: three GEMMs, six operands, and which layer gets which of them.
 
-A linear layer Y = X W^T with T tokens, I inputs, O outputs runs three GEMMs, each contracting the last dimension of both
-operands:
+A linear layer Y = X W^T with T tokens, I inputs, O outputs runs three GEMMs, each contracting the last dimension of
+both operands:
 
     fprop   Y [T,O] = X  [T,I] (W  [O,I])^T
     dgrad   dX[T,I] = dY [T,O] (W^T[I,O])^T
@@ -56,8 +56,8 @@ class QuantSpec:
         _check_scale_rule(self)
         _check_unbiased(self)
         rows, cols = self.shape
-        if rows not in (1, cols) or cols < 2:
-            raise ValueError(f"block = {[rows, cols]} must be [1, n] or square")
+        if rows not in (1, cols) or cols < 2 or cols & (cols - 1):
+            raise ValueError(f"block = {[rows, cols]} must be [1, n] or square, with n a power of two")
         if self.rotation is not None and self.rotation.size % cols:
             raise ValueError(f"rotation.size = {self.rotation.size} is not a multiple of the block's {cols} columns")
 
@@ -79,15 +79,23 @@ class QuantSpec:
         return not isinstance(self.rounding, Nearest)
 
     @property
+    def is_deterministic(self) -> bool:
+        """Whether the codes depend on the tensor alone, neither on noise nor on fresh signs."""
+        return not self.draws_noise and (self.rotation is None or self.rotation.signs != "fresh")
+
+    @property
     def columns_multiple(self) -> int:
-        """What the contracted dimension must be a multiple of."""
-        return max(self.shape[1], self.rotation.size if self.rotation else 1)
+        """What the contracted dimension must be a multiple of (8 elements share one draw of noise)."""
+        noise = 8 if isinstance(self.rounding, Stochastic) else 1
+        return max(self.shape[1], self.rotation.size if self.rotation else 1, noise)
 
     def label(self) -> str:
         """A short text for tables: `nvfp4 1x16 4/6 sr17/16 rht16`."""
         words = [self.format.name, f"{self.shape[0]}x{self.shape[1]}", *_rule_words(self.rule), *_rounding_words(self)]
         if self.rotation:
-            words.append({"none": "had", "fixed": "rht", "fresh": "rht*"}[self.rotation.signs] + str(self.rotation.size))
+            words.append(
+                {"none": "had", "fixed": "rht", "fresh": "rht*"}[self.rotation.signs] + str(self.rotation.size)
+            )
         if self.source != "master":
             words.append(self.source)
         return " ".join(words)
@@ -139,8 +147,9 @@ def _check_unbiased(spec: QuantSpec) -> None:
     if not isinstance(rule, Ceil) and rule.headroom < needed - 1e-12:
         text = "4/3" if isinstance(rule, Floor) else "17/16"
         raise ValueError(
-            f"stochastic rounding under a scale rule that clips is biased: {rule.kind} has headroom {rule.headroom:g} < {text};"
-            f" set scale: {{kind: {rule.kind}, headroom: {text}}}, or allow_bias: true for parity with a paper"
+            f"stochastic rounding under a scale rule that clips is biased: {rule.kind} has headroom {rule.headroom:g}"
+            f" < {text}; set scale: {{kind: {rule.kind}, headroom: {text}}},"
+            " or allow_bias: true for parity with a paper"
         )
 
 
@@ -233,8 +242,15 @@ def _check_source(name: str, spec: QuantSpec | None, forward: QuantSpec | None) 
     if spec is None or spec.source == "master":
         return
     if forward is None:
-        raise ValueError(f"{name}.source = {spec.source} needs quantized forward codes, but the forward operand is bf16")
+        raise ValueError(
+            f"{name}.source = {spec.source} needs quantized forward codes, but the forward operand is bf16"
+        )
     if spec.source == "requant":
+        if forward.rotation is not None:
+            raise ValueError(
+                f"{name}.source = requant reads forward codes in the original basis, but the forward operand has"
+                f" rotation = {forward.rotation}; use master, or no rotation in fprop"
+            )
         return
     rows, cols = spec.shape
     if rows != cols or spec.rotation is not None:
@@ -244,7 +260,9 @@ def _check_source(name: str, spec: QuantSpec | None, forward: QuantSpec | None) 
         )
     same = (spec.format, spec.shape, spec.rule, spec.rounding, spec.rotation)
     if same != (forward.format, forward.shape, forward.rule, forward.rounding, forward.rotation):
-        raise ValueError(f"{name}.source = reuse must repeat the forward operand's spec ({forward.label()}), got {spec.label()}")
+        raise ValueError(
+            f"{name}.source = reuse must repeat the forward operand's spec ({forward.label()}), got {spec.label()}"
+        )
 
 
 @frozen
@@ -294,6 +312,10 @@ class Phase:
             raise ValueError(f"phase {self.name!r} needs exactly one of last, step")
         if self.last is not None and not 0 < self.last < 1:
             raise ValueError(f"last = {self.last} must be in (0, 1)")
+        if self.step is not None and self.step < 0:
+            raise ValueError(f"step = {self.step} must not be negative")
+        if not self.use:
+            raise ValueError(f"phase {self.name!r} changes nothing: use is empty")
 
     def start(self, total_steps: int) -> int:
         """First step of the phase in a run of `total_steps`."""
@@ -319,6 +341,9 @@ class Recipe:
         for place, name in used:
             if name != HIGH_PRECISION and name not in self.linears:
                 raise ValueError(f"{place} = {name!r} is not one of {', '.join([*self.linears, HIGH_PRECISION])}")
+        phases = [p.name for p in self.phases]
+        if len(set(phases)) < len(phases):
+            raise ValueError(f"phases: the names {', '.join(phases)} must differ")
         unused = set(self.linears) - {name for _, name in used}
         if unused:
             raise ValueError(f"linears.{min(unused)} is used by no rule and no phase")

@@ -50,14 +50,18 @@ class ModelConfig:
         for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size", "seq_length"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} = {getattr(self, key)} must be at least 1")
+        for key in ("num_query_groups", "head_dim"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key} = {getattr(self, key)} must be at least 1; leave it out for the default")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = {self.num_attention_heads};"
-                " change one of them or set head_dim"
+                f"hidden_size = {self.hidden_size} is not a multiple of"
+                f" num_attention_heads = {self.num_attention_heads}; change one of them or set head_dim"
             )
         if self.num_attention_heads % self.query_groups:
             raise ValueError(
-                f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_query_groups = {self.query_groups}"
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of"
+                f" num_query_groups = {self.query_groups}"
             )
 
     @property
@@ -75,7 +79,7 @@ class ModelConfig:
 class PrepareConfig:
     """Make the token files from raw text when they are missing (one rank does it, with progress)."""
 
-    sources: tuple[str, ...]  # txt, jsonl, each plain or .bz2 .gz .zst; relative to the current folder or the shipped configs
+    sources: tuple[str, ...]  # txt or jsonl, plain or .bz2 .gz .zst; relative to this folder or the shipped configs
     tokenizer: str | None = None  # a tokenizers JSON; None trains a byte-level BPE on the sources
     vocab_size: int = 4096  # of the BPE to train
     jsonl_key: str = "text"
@@ -87,7 +91,9 @@ class PrepareConfig:
         if not self.sources:
             raise ValueError("sources is empty; name at least one txt or jsonl file")
         if self.tokenizer is None and self.vocab_size < 257:
-            raise ValueError(f"vocab_size = {self.vocab_size} must be at least 257: 256 bytes and the end-of-text token")
+            raise ValueError(
+                f"vocab_size = {self.vocab_size} must be at least 257: 256 bytes and the end-of-text token"
+            )
         if not 0 <= self.valid_fraction <= 0.5:
             raise ValueError(f"valid_fraction = {self.valid_fraction} must be in [0, 0.5]")
 
@@ -114,10 +120,14 @@ class DataConfig:
 
     def _check_prepare(self, prepare: PrepareConfig) -> None:
         if len(self.train) != 1:
-            raise ValueError(f"train = {list(self.train)} must be the one prefix that `prepare` makes; prepare a blend's parts apart")
+            raise ValueError(
+                f"train = {list(self.train)} must be the one prefix that `prepare` makes; prepare a blend's parts apart"
+            )
         made = f"{self.train[0]}_valid"
         if prepare.valid_fraction and made not in self.valid:
-            raise ValueError(f"prepare.valid_fraction = {prepare.valid_fraction} writes {made!r}; set valid: [{made}] to use it")
+            raise ValueError(
+                f"prepare.valid_fraction = {prepare.valid_fraction} writes {made!r}; set valid: [{made}] to use it"
+            )
 
 
 @frozen
@@ -140,6 +150,12 @@ class OptimConfig:
             raise ValueError(f"lr = {self.lr} and min_lr = {self.min_lr} must satisfy 0 <= min_lr <= lr and lr > 0")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction = {self.decay_fraction} must be in (0, 1]")
+        for key in ("warmup_steps", "weight_decay", "clip_grad"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} = {getattr(self, key)} must not be negative")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key} = {getattr(self, key)} must be in [0, 1)")
 
 
 @frozen
@@ -182,15 +198,19 @@ class TrainConfig:
     eval_every: int = 100  # steps; 0: only at the first and last step
     eval_samples: int = 64  # samples in each evaluation, the same ones every time
     max_nonfinite_steps: int = 5  # consecutive skipped steps before the run stops
-    stop_after: int | None = None  # end this process after that step, as an interruption would; `steps` still shapes the schedule
+    stop_after: int | None = None  # end this process after that step, as an interruption would; `steps` is unchanged
 
     def __post_init__(self) -> None:
-        for key in ("steps", "global_batch_size", "micro_batch_size", "max_nonfinite_steps"):
-            if getattr(self, key) < 1:
+        for key in ("steps", "global_batch_size", "micro_batch_size", "max_nonfinite_steps", "stop_after"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key} = {getattr(self, key)} must be at least 1")
+        for key in ("eval_every", "eval_samples"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} = {getattr(self, key)} must not be negative")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
+                f"global_batch_size = {self.global_batch_size} is not a multiple of"
+                f" micro_batch_size = {self.micro_batch_size}"
             )
 
 
@@ -204,6 +224,10 @@ class CheckpointConfig:
     allow_recipe_change: bool = False  # load weights trained with another recipe
     trusted: bool = False  # read files that need full pickle (DeepSpeed's own); only for files you made
 
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ValueError(f"every = {self.every} must not be negative and keep = {self.keep} must be at least 1")
+
 
 @frozen
 class LoggingConfig:
@@ -214,6 +238,10 @@ class LoggingConfig:
     wandb: bool = False
     wandb_project: str = "fp4dist"
     peak_tflops: float | None = None  # of one device in bf16, for MFU; default by device name, none on a CPU
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every = {self.every} must be at least 1")
 
 
 @frozen
@@ -248,8 +276,8 @@ class RunConfig:
             )
         if self.engine.kind == "deepspeed" and self.parallel.pp > 1 and self.engine.zero_stage >= 2:
             raise ValueError(
-                f"engine.zero_stage = {self.engine.zero_stage} with parallel.pp = {self.parallel.pp}: ZeRO 2 and 3 reduce"
-                " gradients inside every backward, before a pipeline schedule has summed its micro-batches;"
+                f"engine.zero_stage = {self.engine.zero_stage} with parallel.pp = {self.parallel.pp}: ZeRO 2 and 3"
+                " reduce gradients inside every backward, before a pipeline schedule has summed its micro-batches;"
                 " use zero_stage 0 or 1, or pp 1"
             )
 
@@ -268,10 +296,13 @@ def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None
         ("model.ffn_hidden_size", model.ffn_hidden_size),
     ):
         if size % parallel.tp:
-            raise ValueError(f"{key} = {size} is not divisible by parallel.tp = {parallel.tp}; choose a tp that divides it")
+            raise ValueError(
+                f"{key} = {size} is not divisible by parallel.tp = {parallel.tp}; choose a tp that divides it"
+            )
     if model.num_layers % parallel.pp:
         raise ValueError(f"model.num_layers = {model.num_layers} is not divisible by parallel.pp = {parallel.pp}")
     if parallel.sequence_parallel and model.seq_length % parallel.tp:
         raise ValueError(
-            f"model.seq_length = {model.seq_length} is not divisible by parallel.tp = {parallel.tp}, which sequence_parallel needs"
+            f"model.seq_length = {model.seq_length} is not divisible by parallel.tp = {parallel.tp},"
+            " which sequence_parallel needs"
         )

@@ -1,0 +1,92 @@
+"""The only module that reads or writes environment variables: what the launcher says about ranks, and nothing else.
+
+`deepspeed`, torchrun and plain `python` all end in the same five variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT). Noise, seeds and numerics never depend on the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from fp4dist.errors import ConfigError
+
+
+def rank() -> int:
+    """This process among all of the job, from 0."""
+    return _integer("RANK", 0)
+
+
+def local_rank() -> int:
+    """This process among those of its host, from 0."""
+    return _integer("LOCAL_RANK", 0)
+
+
+def world_size() -> int:
+    """Number of processes of the job."""
+    return _integer("WORLD_SIZE", 1)
+
+
+def local_world_size() -> int:
+    """Number of processes on this host; without torchrun or deepspeed the whole job is taken to be here."""
+    return _integer("LOCAL_WORLD_SIZE", _integer("LOCAL_SIZE", world_size()))
+
+
+def cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ensure_launch_variables() -> bool:
+    """Complete the five variables for a plain `python` start (one process, a free port); True when that was needed.
+
+    Raises ConfigError when some launcher set only a part of them: guessing the rest would hang or collide.
+    """
+    required = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in required if name not in os.environ]
+    if not missing:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return False
+    if world_size() > 1:
+        raise ConfigError(
+            f"environment: WORLD_SIZE = {world_size()}, but {', '.join(missing)} is not set; start with"
+            " `deepspeed launch/pretrain.py --config X`, with torchrun, or export all of them"
+        )
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    return True
+
+
+def serialize_device_queues() -> bool:
+    """Set CUDA_DEVICE_MAX_CONNECTIONS=1 unless it is set; True when it was set now.
+
+    With one hardware queue kernels start in the order of their launch. Megatron's tensor-parallel layers count on it to
+    put a collective before the GEMM that should hide it. Must run before CUDA is initialized.
+    """
+    if "CUDA_DEVICE_MAX_CONNECTIONS" in os.environ:
+        return False
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return True
+
+
+def tell_deepspeed_there_is_no_gpu() -> None:
+    """Set DS_ACCELERATOR=cpu unless it is set, so that DeepSpeed need not find out, and warn, by itself."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError as e:
+        raise ConfigError(f"environment: {name} = {text!r} must be an integer; the launcher sets it") from e
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

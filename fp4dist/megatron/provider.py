@@ -1,0 +1,292 @@
+"""A Llama-style GPTModel made of Megatron-core's parts, with fp4dist's linears, norm and attention.
+
+`Fp4SpecProvider` is Megatron's own seam for this (BackendSpecProvider); `block_spec` puts its classes into a whole
+TransformerBlock, because a block that is given only a layer spec chooses its final norm itself, and that choice
+refuses sequence parallelism. Runs on megatron-core 0.16 to 0.20.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from fp4dist.errors import ConfigError
+from fp4dist.megatron.attention import core_attention
+from fp4dist.megatron.initialize import initialize_weights, keep_values
+from fp4dist.megatron.norm import RMSNorm
+from fp4dist.megatron.upstream import (
+    MEGATRON_VERSION,
+    AttnMaskType,
+    BackendSpecProvider,
+    ColumnParallelLinear,
+    GPTModel,
+    IdentityOp,
+    MLPSubmodules,
+    ModuleSpec,
+    RowParallelLinear,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    SequentialMLP,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_bias_dropout_add,
+    get_cuda_rng_tracker,
+    get_mlp_module_spec_for_backend,
+    get_num_layers_to_build,
+    model_parallel_cuda_manual_seed,
+    set_defaults_if_not_set_tensor_model_parallel_attributes,
+    without_known_warnings,
+)
+from fp4dist.spec.run import RunConfig
+
+Linears = Literal["fp4dist", "megatron"]
+
+log = logging.getLogger("fp4dist")
+
+
+class Fp4SpecProvider(BackendSpecProvider):
+    """Which class Megatron's spec builders use for each part of a layer.
+
+    linears  "fp4dist": linears that apply_recipe can set to FP4; "megatron": Megatron's own, to compare with
+    """
+
+    def __init__(self, linears: Linears = "fp4dist") -> None:
+        self.column, self.row = _linear_classes(linears)
+
+    def column_parallel_linear(self) -> type:
+        """For qkv, fc1."""
+        return self.column
+
+    def row_parallel_linear(self) -> type:
+        """For proj, fc2."""
+        return self.row
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Norm and linear stay apart: the linear quantizes the norm's output."""
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> type | None:
+        """No such class, see fuse_layernorm_and_linear."""
+        return None
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+        """Always RMSNorm, which refuses a config that asks for another; `has_residual` came with 0.17."""
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        """Transformer Engine's attention or torch's."""
+        return core_attention()
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False) -> Any:
+        """Experts one after the other, each with our linears; 0.16 wants a pair, later versions a builder."""
+        if moe_use_grouped_gemm or moe_use_legacy_grouped_gemm:
+            raise ConfigError("moe_grouped_gemm = True: fp4dist has no grouped linears yet; set moe_grouped_gemm False")
+        submodules = MLPSubmodules(linear_fc1=self.column, linear_fc2=self.row)
+        if MEGATRON_VERSION < (0, 17):
+            return SequentialMLP, submodules
+        return partial(SequentialMLP, submodules=submodules)
+
+    def activation_func(self) -> Any:
+        """No module: config.activation_func is called."""
+        return None
+
+
+class Fp4GPTModel(GPTModel):
+    """GPTModel with a head of class `head_class`, so that a rule can reach it; Megatron hard-codes its own class."""
+
+    def __init__(self, *args: Any, head_class: type, **kwargs: Any) -> None:
+        self._head_class = head_class  # before the constructor, which needs it
+        super().__init__(*args, **kwargs)
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Called by GPTModel's constructor once the head exists: exchange it before anything refers to its weight."""
+        if self.post_process:
+            head = self.output_layer
+            self.output_layer = self._head_class(
+                head.input_size,
+                head.output_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=head.gather_output,
+                skip_weight_param_allocation=head.weight is None,
+                tp_group=head.tp_group,
+            )
+        super().setup_embeddings_and_output_layer()
+
+
+def transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of the model and its parallelism.
+
+    dtype    torch.bfloat16 or torch.float32, of parameters and activations
+    returns  no biases and no dropout. On a GPU those fusions are on that need neither Transformer Engine nor apex:
+             SwiGLU and cross-entropy, by torch.compile; on a CPU none, since a compiler would have to run first
+    raises   ConfigError
+    """
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ConfigError(f"train.dtype = {dtype}: parameters must be bf16 or fp32")
+    model, parallel = config.model, config.parallel
+    if model.kv_channels % 2:
+        raise ConfigError(f"model.head_dim = {model.kv_channels} must be even: RoPE rotates pairs")
+    gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        init_method=keep_values,  # initialize_weights fills them
+        output_layer_init_method=keep_values,
+        use_cpu_initialization=not gpu,  # where the memory is allocated
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        deallocate_pipeline_outputs=parallel.pp > 1,
+        gradient_accumulation_fusion=False,  # needs apex; our linears add to main_grad themselves
+        bias_activation_fusion=gpu,
+        cross_entropy_loss_fusion=gpu,
+        cross_entropy_fusion_impl="native",
+        bias_dropout_fusion=False,  # without bias and dropout nothing is left to fuse
+        apply_rope_fusion=False,  # needs Transformer Engine
+    )
+    with without_known_warnings():
+        return TransformerConfig(**settings)
+
+
+def layer_spec(config: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:
+    """One transformer layer of the provider's parts, with the checkpoint keys of Megatron's own GPT layers."""
+    qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=provider.layer_norm(rms_norm=True),
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=provider.column_parallel_linear(),
+                    core_attention=provider.core_attention(),
+                    linear_proj=provider.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=cast(type, get_bias_dropout_add),  # a function here, as in Megatron's own specs
+            pre_mlp_layernorm=provider.layer_norm(rms_norm=True),
+            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            mlp_bda=cast(type, get_bias_dropout_add),
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def block_spec(
+    config: TransformerConfig, *, linears: Linears = "fp4dist", vp_stage: int | None = None, pp_rank: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage and the final norm; pp_rank None means this process's."""
+    provider = Fp4SpecProvider(linears)
+    spec = layer_spec(config, provider)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    final_norm: Any = provider.layer_norm(rms_norm=True)
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
+
+
+def build_gpt(
+    config: RunConfig,
+    dtype: torch.dtype,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    linears: Linears = "fp4dist",
+) -> GPTModel:
+    """One pipeline stage of the model, on this process's device, with its initial weights.
+
+    Megatron's process groups must exist (parallel_state.initialize_model_parallel). On a GPU Megatron's RNG tracker is
+    seeded with run.seed unless the caller has done so.
+
+    model(tokens, position_ids, attention_mask, labels=labels): tokens, position_ids, labels int64 [B, S],
+    attention_mask None for causal training; the result is the loss of each token, fp32 [B, S]. Without labels: logits
+    [B, S, padded vocabulary / tp].
+    """
+    tracker: Any = get_cuda_rng_tracker()
+    if torch.cuda.is_available() and not tracker.is_initialized():
+        model_parallel_cuda_manual_seed(config.run.seed)
+    megatron = transformer_config(config, dtype)
+    spec: Any = block_spec(megatron, linears=linears, vp_stage=vp_stage)
+    model_class = GPTModel if linears == "megatron" else partial(Fp4GPTModel, head_class=_linear_classes(linears)[0])
+    model = model_class(
+        config=megatron,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(config),
+        max_sequence_length=config.model.seq_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.model.rope_base,
+        vp_stage=vp_stage,
+    )
+    initialize_weights(model, config)
+    for parameter in model.parameters():  # gradient norms and DeepSpeed ask every parameter whether it is sharded
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return model
+
+
+def padded_vocab_size(config: RunConfig) -> int:
+    """model.vocab_size, rounded up to a multiple of parallel.tp; rounding is logged. No label names a padded row."""
+    vocab, tp = config.model.vocab_size, config.parallel.tp
+    padded = -(-vocab // tp) * tp
+    if padded != vocab:
+        log.info("model.vocab_size = %d is padded to %d, a multiple of parallel.tp = %d", vocab, padded, tp)
+    return padded
+
+
+def tp_partial_parameters(model: GPTModel) -> list[tuple[str, nn.Parameter]]:
+    """Replicated parameters whose gradient on one tensor-parallel rank is only a part of the sum over the ranks.
+
+    Norms under sequence parallelism (each rank has a part of the tokens) and query/key norms (a part of the heads).
+    Megatron's finalize_model_grads adds these up by itself; an engine that does not call it has to.
+    """
+    if model.config.tensor_model_parallel_size == 1:
+        return []
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if (model.config.sequence_parallel and getattr(parameter, "sequence_parallel", False))
+        or "q_layernorm" in name
+        or "k_layernorm" in name
+    ]
+
+
+def _linear_classes(linears: Linears) -> tuple[type, type]:
+    """Column- and row-parallel linear."""
+    if linears == "megatron":
+        return ColumnParallelLinear, RowParallelLinear
+    from fp4dist.megatron.layers import Fp4ColumnParallelLinear, Fp4RowParallelLinear
+
+    return Fp4ColumnParallelLinear, Fp4RowParallelLinear

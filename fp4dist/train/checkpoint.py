@@ -1,0 +1,346 @@
+"""Checkpoints on disk: published at once, kept by rule, refused when they do not fit, read without trust.
+
+    <run folder>/checkpoints/step_00000100/manifest.json   what it is (written last)
+                                           state/          the engine's files
+                            /latest                        the name of the newest one
+
+A checkpoint is written into `.tmp-*` and renamed when it is complete; what a killed save left behind is removed at the
+next start. Files are data, not programs: Megatron's `.metadata` is read by an unpickler that admits only
+torch.distributed.checkpoint's own records, every other object with weights_only=True. DeepSpeed's files need full pickle
+and are read only from the run's own folder (it wrote them) or with `checkpoint.trusted: true`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fp4dist.errors import CheckpointError
+from fp4dist.megatron.upstream import get_cuda_rng_tracker
+from fp4dist.spec.load import config_hash, model_hash, recipe_hash
+from fp4dist.spec.run import RunConfig
+
+log = logging.getLogger("fp4dist")
+FORMAT = 1
+STATE = "state"
+_MANIFEST, _LATEST, _TMP, _OLD = "manifest.json", "latest", ".tmp-", ".old-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds, without opening its tensors.
+
+    step                steps behind it;  consumed_samples   samples behind it
+    nonfinite_streak    skipped steps in a row up to here: 0 in a good checkpoint;  skipped_steps   of the whole run
+    noise_seed          with `step` the whole state of the quantizers' noise
+    started_from        the checkpoint.load of the run that wrote it
+    """
+
+    format: int = FORMAT
+    step: int
+    consumed_samples: int
+    nonfinite_streak: int
+    skipped_steps: int
+    noise_seed: int
+    engine: str
+    zero_stage: int | None
+    dtype: str
+    tp: int
+    pp: int
+    dp: int
+    model: str
+    model_hash: str
+    recipe: str
+    recipe_hash: str
+    config_hash: str
+    started_from: str | None
+    versions: dict[str, str]
+
+    @property
+    def good(self) -> bool:
+        """Whether the last step before it was finite."""
+        return self.nonfinite_streak == 0
+
+
+def describe(config: RunConfig, *, step: int, dp: int, streak: int, skipped: int, versions: dict[str, str]) -> Manifest:
+    """The manifest of a checkpoint of `config` after `step` steps."""
+    deepspeed = config.engine.kind == "deepspeed"
+    return Manifest(
+        step=step,
+        consumed_samples=step * config.train.global_batch_size,
+        nonfinite_streak=streak,
+        skipped_steps=skipped,
+        noise_seed=config.run.seed,
+        engine=config.engine.kind,
+        zero_stage=config.engine.zero_stage if deepspeed else None,
+        dtype=config.train.dtype,
+        tp=config.parallel.tp,
+        pp=config.parallel.pp,
+        dp=dp,
+        model=config.model.name,
+        model_hash=model_hash(config.model),
+        recipe=config.recipe.name,
+        recipe_hash=recipe_hash(config.recipe),
+        config_hash=config_hash(config),
+        started_from=config.checkpoint.load,
+        versions=versions,
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder; CheckpointError when it is not one."""
+    try:
+        data = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise CheckpointError(
+            f"checkpoint {folder}: no {_MANIFEST}; give a folder such as <run>/checkpoints/step_00000100"
+        ) from e
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"checkpoint {folder}: {_MANIFEST} is unreadable ({e}); use an older checkpoint") from e
+    names = {f.name for f in fields(Manifest)}
+    if not isinstance(data, dict) or data.get("format") != FORMAT or set(data) != names:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise CheckpointError(
+            f"checkpoint {folder}: {_MANIFEST} has format {found}, this version reads {FORMAT}; use the fp4dist that wrote it"
+        )
+    return Manifest(**data)
+
+
+def check_fits(folder: Path, manifest: Manifest, config: RunConfig, *, dp: int, own: bool) -> None:
+    """Raise CheckpointError unless `config` may start from the checkpoint.
+
+    own   it lies in this run's own folder and has its config hash
+    """
+    place = f"checkpoint {folder}"
+    if manifest.model_hash != model_hash(config.model):
+        raise CheckpointError(
+            f"{place}: it holds model {manifest.model} ({manifest.model_hash}), this run trains {config.model.name}"
+            f" ({model_hash(config.model)}); the shapes must be equal: set model: to that of the checkpoint, or start afresh"
+        )
+    if manifest.recipe_hash != recipe_hash(config.recipe) and not config.checkpoint.allow_recipe_change:
+        raise CheckpointError(
+            f"{place}: it was trained with recipe {manifest.recipe} ({manifest.recipe_hash}), this run uses"
+            f" {config.recipe.name} ({recipe_hash(config.recipe)}); set checkpoint.allow_recipe_change: true to go on with the"
+            " new recipe from its weights and optimizer state"
+        )
+    if manifest.engine != config.engine.kind:
+        raise CheckpointError(
+            f"{place}: engine {manifest.engine} wrote it, this run uses {config.engine.kind}, which has other files;"
+            f" set engine.kind: {manifest.engine}"
+        )
+    if manifest.engine == "deepspeed":
+        _check_deepspeed(place, manifest, config, dp, own)
+
+
+def _check_deepspeed(place: str, manifest: Manifest, config: RunConfig, dp: int, own: bool) -> None:
+    here = {"engine.zero_stage": config.engine.zero_stage, "parallel.tp": config.parallel.tp, "data parallel": dp}
+    there = {"engine.zero_stage": manifest.zero_stage, "parallel.tp": manifest.tp, "data parallel": manifest.dp}
+    for key, value in here.items():
+        if value != there[key]:
+            raise CheckpointError(
+                f"{place}: written with {key} = {there[key]}, this run has {value}; DeepSpeed's shards cannot be cut anew:"
+                f" use {there[key]} again (checkpoints of engine megatron can change their layout)"
+            )
+    if not own and not config.checkpoint.trusted:
+        raise CheckpointError(
+            f"{place}: DeepSpeed's files are full pickles, which run code when they are read, and this folder is not the"
+            " run's own; if you made them, set checkpoint.trusted: true"
+        )
+
+
+class Store:
+    """The checkpoints folder of one run. Its methods change files: call them on rank 0 only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def clean(self) -> None:
+        """Remove what a killed save left, and put back a checkpoint that was being replaced."""
+        if not self.folder.is_dir():
+            return
+        for old in self.folder.glob(f"{_OLD}*"):
+            target = self.folder / old.name.removeprefix(_OLD)
+            if target.exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(target)
+        for leftover in self.folder.glob(f"{_TMP}*"):
+            log.info("removing %s: an unfinished save", leftover)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def begin(self, step: int) -> Path:
+        """An empty folder for the engine's files of a checkpoint to be."""
+        folder = self.folder / f"{_TMP}{_name(step)}"
+        if folder.exists():
+            shutil.rmtree(folder)
+        (folder / STATE).mkdir(parents=True)
+        return folder / STATE
+
+    def publish(self, manifest: Manifest, keep: int) -> Path:
+        """Make the folder of `begin` the newest checkpoint in one rename, then delete what `keep` no longer covers."""
+        name = _name(manifest.step)
+        tmp, final, old = self.folder / f"{_TMP}{name}", self.folder / name, self.folder / f"{_OLD}{name}"
+        _write_text(tmp / _MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+        if final.exists():  # the run went back to an older checkpoint and came here again
+            final.rename(old)
+        tmp.rename(final)
+        if old.exists():
+            shutil.rmtree(old)
+        _write_text(self.folder / f"{_TMP}{_LATEST}", name + "\n")
+        os.replace(self.folder / f"{_TMP}{_LATEST}", self.folder / _LATEST)
+        self._retain(manifest.step, keep)
+        return final
+
+    def all(self) -> list[tuple[Path, Manifest]]:
+        """Readable checkpoints, lowest step first."""
+        found = []
+        for folder in sorted(self.folder.glob("step_*")):
+            try:
+                found.append((folder, read_manifest(folder)))
+            except CheckpointError as e:
+                log.warning("%s (left alone)", e)
+        return found
+
+    def newest(self) -> Path | None:
+        """The checkpoint that `latest` names, else the one with the highest step."""
+        try:
+            named = self.folder / (self.folder / _LATEST).read_text(encoding="utf-8").strip()
+            if (named / _MANIFEST).is_file():
+                return named
+        except (FileNotFoundError, UnicodeDecodeError):
+            pass
+        found = self.all()
+        return found[-1][0] if found else None
+
+    def last_good(self) -> Path | None:
+        """The newest checkpoint whose last step was finite."""
+        good = [folder for folder, manifest in self.all() if manifest.good]
+        return good[-1] if good else None
+
+    def _retain(self, step: int, keep: int) -> None:
+        """Keep the newest `keep` and the newest good one. Steps beyond `step` belong to a future that was given up."""
+        found = self.all()
+        found.sort(key=lambda item: (item[1].step <= step, item[1].step), reverse=True)
+        good = next((folder for folder, manifest in found if manifest.good), None)
+        for folder, _ in found[max(keep, 1) :]:
+            if folder != good:
+                shutil.rmtree(folder)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the index of a torch.distributed checkpoint and nothing else."""
+
+    _PLAIN = frozenset({("collections", "OrderedDict"), ("builtins", "set"), ("torch", "Size"), ("io", "BytesIO")})
+    _FUNCTIONS = frozenset({("torch.serialization", "_get_layout")})
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Admit plain containers, dtypes, and the dataclasses and enums of torch.distributed.checkpoint."""
+        if (module, name) in self._PLAIN | self._FUNCTIONS:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (
+            module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing."))
+            and "." not in name
+        ):
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (hasattr(found, "__dataclass_fields__") or issubclass(found, Enum)):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index")
+
+
+def vet_torch_dist(folder: Path) -> None:
+    """Raise CheckpointError unless every pickle in a torch_dist checkpoint holds data only.
+
+    Megatron-core and torch read the index and the pickled objects of such a checkpoint with full pickle. This reads both
+    first, restricted, so that what they read afterwards is known to be harmless. Tensors are weights_only in any case.
+    """
+    index = folder / ".metadata"
+    try:
+        with index.open("rb") as f:
+            metadata = _MetadataUnpickler(f).load()
+        records = metadata.storage_data
+        objects = [
+            key for key, value in metadata.state_dict_metadata.items() if type(value).__name__ == "BytesStorageMetadata"
+        ]
+        wanted = set(objects)
+        for key, place in records.items():
+            if key.fqn in wanted:
+                _load_plain(_slice(folder, place))
+        common = folder / "common.pt"
+        if common.is_file():
+            _load_plain(common.read_bytes())
+    except (
+        OSError,
+        EOFError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+        RuntimeError,
+    ) as e:
+        raise CheckpointError(
+            f"checkpoint {folder}: not the plain data that fp4dist writes ({type(e).__name__}: {e}); it is damaged or made by"
+            " someone else: use another checkpoint"
+        ) from e
+
+
+def _slice(folder: Path, place: Any) -> bytes:
+    path = (folder / place.relative_path).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise pickle.UnpicklingError(f"{place.relative_path} leaves the folder")
+    with path.open("rb") as f:
+        f.seek(place.offset)
+        return f.read(place.length)
+
+
+def _load_plain(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def random_states() -> dict[str, Any]:
+    """Every random generator of this process, as tensors and plain numbers."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": dict(get_cuda_rng_tracker().get_states()),
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Undo time: put back what `random_states` gave."""
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["megatron"])

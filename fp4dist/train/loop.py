@@ -1,0 +1,476 @@
+"""One training run from a RunConfig: set up, train, evaluate, save, and stop in good order.
+
+    run(config)       train, or go on where the run folder's newest checkpoint is
+    dry_run(config)   what would be trained: configuration, layer table, parameters, memory; needs no GPU and no groups
+
+The step number is the state of everything that is not in a tensor: learning rate, order of samples and quantization noise
+are functions of it. Step s (from 1) trains on samples [(s-1) * global batch, s * global batch); the noise clock counts the
+updates that the weights have behind them, s - 1, so that weights quantized once serve an evaluation and the next step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import signal
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fp4dist import env
+from fp4dist.errors import CheckpointError, ConfigError, TrainingDiverged
+from fp4dist.megatron.provider import build_gpt
+from fp4dist.megatron.sites import count_parameters, flops_per_token, gpt_sites
+from fp4dist.megatron.upstream import parallel_state
+from fp4dist.nn.apply import AppliedRecipe, apply_recipe, plan_table
+from fp4dist.spec.build import plain
+from fp4dist.spec.load import config_hash, dump
+from fp4dist.spec.run import RunConfig
+from fp4dist.train import checkpoint, data, memory
+from fp4dist.train.checkpoint import Manifest, Store
+from fp4dist.train.engine import Engine, StepResult
+from fp4dist.train.folder import RunFolder
+from fp4dist.train.metrics import ConsoleSink, JsonlSink, Record, Sink, TensorboardSink, WandbSink, peak_tflops
+from fp4dist.train.packages import check_packages, versions
+from fp4dist.train.plots import draw_curves
+from fp4dist.train.world import World, check_sizes, open_world
+
+log = logging.getLogger("fp4dist")
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """How a run ended.
+
+    steps            steps behind the model;  interrupted   it stopped before train.steps
+    val_losses       (step, validation loss) of this process's evaluations, in order
+    tokens_per_s     median over this process's steps, all ranks together
+    fp4_share        share of block-linear FLOPs that ran in FP4, by counted GEMM calls of this process's steps
+    checkpoint       the newest one
+    """
+
+    run_dir: Path
+    steps: int
+    interrupted: bool
+    loss: float | None
+    val_losses: tuple[tuple[int, float], ...]
+    tokens_per_s: float
+    fp4_share: float
+    skipped_steps: int
+    checkpoint: Path | None
+
+
+def run(config: RunConfig) -> RunSummary:
+    """Train to the end of `config` or to an interruption (SIGTERM, train.stop_after), from where another call goes on.
+
+    Raises Fp4DistError (ConfigError, DataError, CheckpointError, TrainingDiverged ...) on every rank alike.
+    """
+    check_packages(config)
+    config = resolve_dtype(config)
+    with _without_known_warnings(), open_world(config) as world, _named_out_of_memory(config, world.dp_size):
+        training = _Training(config, world)
+        try:
+            return training.run()
+        finally:
+            training.close()
+
+
+def dry_run(config: RunConfig) -> str:
+    """The resolved configuration, the layer table, parameter counts and memory of one rank, as text."""
+    config = resolve_dtype(config)
+    dp = check_sizes(config, env.world_size())
+    model, size = config.model, _DTYPES[config.train.dtype].itemsize
+    table = plan_table(gpt_sites(model), config.recipe, tokens=_tokens(config), tp=config.parallel.tp).table()
+    needed = memory.estimate(config, dp, element=size)
+    p = config.parallel
+    return "\n".join(
+        [
+            f"# resolved configuration, hash {config_hash(config)}",
+            dump(config),
+            table,
+            f"parameters: {count_parameters(model):,} ({model.name}); {needed.parameters:,} on the fullest of"
+            f" {env.world_size()} ranks (tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp})",
+            f"training: {flops_per_token(model) / 1e9:.3f} GFLOP a token, {_step_tokens(config):,} tokens a step,"
+            f" {_step_tokens(config) * config.train.steps / 1e9:.3f} billion tokens in {config.train.steps} steps",
+            f"memory of that rank in {config.train.dtype} under engine {config.engine.kind} (the large buffers):",
+            needed.table(),
+        ]
+    )
+
+
+def resolve_dtype(config: RunConfig) -> RunConfig:
+    """`config` with train.dtype decided: bf16 on a GPU, fp32 on a CPU, for `auto`."""
+    if config.train.dtype != "auto":
+        return config
+    dtype = "bf16" if torch.cuda.is_available() else "fp32"
+    log.info("train.dtype: auto is %s here", dtype)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
+
+
+def _tokens(config: RunConfig) -> int:
+    """Tokens of one micro-batch on one rank."""
+    return config.train.micro_batch_size * config.model.seq_length // config.parallel.cp
+
+
+def _step_tokens(config: RunConfig) -> int:
+    return config.train.global_batch_size * config.model.seq_length
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where training begins: from a checkpoint, or None for fresh weights."""
+
+    folder: Path | None
+    manifest: Manifest | None
+    own: bool = False  # the run's own checkpoint: its evaluation is in metrics.jsonl already
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step if self.manifest is not None else 0
+
+
+class _Training:
+    """The state of one run in this process."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.folder = RunFolder(Path(config.run_dir))
+        self.store = Store(self.folder.checkpoints)
+        self.sinks: list[Sink] = []
+        self.engine: Engine | None = None
+        self._signalled = False
+        self._streak = self._skipped = 0  # skipped steps: in a row, in all
+        self._speeds: list[float] = []
+        self._val_losses: list[tuple[int, float]] = []
+
+    def run(self) -> RunSummary:
+        """Everything between the process groups' birth and their end."""
+        config, world = self.config, self.world
+        world.from_rank0(lambda: self.folder.check(config))
+        start = world.from_rank0(self._find_start)
+        if start.manifest is not None:
+            self._streak, self._skipped = start.manifest.nonfinite_streak, start.manifest.skipped_steps
+        self.datasets = self._datasets()
+        self.engine, self.applied = _build(config, world)
+        self._load(start)
+        world.from_rank0(lambda: self._open_folder(start))
+        with self._watching_for_sigterm():
+            done, loss = self._train(start)
+        return self._finish(done, loss)
+
+    def close(self) -> None:
+        """Close files and engine, whatever happened."""
+        for sink in self.sinks:
+            sink.close()
+        if self.engine is not None:
+            self.engine.close()
+
+    # -- setting up
+
+    def _find_start(self) -> _Start:
+        """checkpoint.load, or the run's own newest checkpoint; own ones win once they have that start behind them."""
+        config = self.config
+        self.store.clean()
+        newest = self.store.newest()
+        folder = newest
+        if config.checkpoint.load is not None:
+            folder = Path(config.checkpoint.load)
+            if newest is not None and checkpoint.read_manifest(newest).started_from == config.checkpoint.load:
+                folder = newest
+        if folder is None:
+            return _Start(None, None)
+        manifest = checkpoint.read_manifest(folder)
+        own = folder.resolve().parent == self.store.folder.resolve() and manifest.config_hash == config_hash(config)
+        checkpoint.check_fits(folder, manifest, config, dp=self.world.dp_size, own=own)
+        if manifest.step > config.train.steps:
+            raise CheckpointError(
+                f"checkpoint {folder}: it is at step {manifest.step}, beyond train.steps = {config.train.steps}; raise it"
+            )
+        return _Start(folder, manifest, own)
+
+    def _datasets(self) -> data.Datasets:
+        data.ensure_prepared(self.config)
+        self.world.from_rank0(lambda: data.check_token_files(self.config))
+        return data.build_datasets(self.config, self.world.dp_size)
+
+    def _load(self, start: _Start) -> None:
+        if start.folder is None or start.manifest is None:
+            return
+        p, m = self.config.parallel, start.manifest
+        assert self.engine is not None
+        self.engine.load(start.folder / checkpoint.STATE, step=m.step, same_layout=(m.tp, m.pp) == (p.tp, p.pp))
+        self.applied.drop_caches()
+        log.info("continuing from %s: step %d of %d", start.folder, m.step, self.config.train.steps)
+        if m.recipe_hash != checkpoint.recipe_hash(self.config.recipe):
+            log.info(
+                "the recipe changes from %s to %s (checkpoint.allow_recipe_change)", m.recipe, self.config.recipe.name
+            )
+
+    def _open_folder(self, start: _Start) -> None:
+        """Rank 0: claim the folder, write what is known, open the sinks."""
+        config, folder = self.config, self.folder
+        folder.claim(config)
+        folder.layers.write_text(json.dumps(self.applied.to_json(), indent=1) + "\n", encoding="utf-8")
+        resume_at = start.step if start.manifest is not None else -1
+        self.sinks = [ConsoleSink(config.logging.every, config.train.steps), JsonlSink(folder.metrics, resume_at)]
+        if config.logging.tensorboard:
+            self.sinks.append(TensorboardSink(folder.tensorboard, resume_at))
+        if config.logging.wandb:
+            self.sinks.append(WandbSink(folder.path, config, plain(config)))
+        assert self.engine is not None
+        log.info("run folder %s, config hash %s", folder.path, config_hash(config))
+        log.info(
+            "%s, %s parameters, %s, %d ranks (tp %d x pp %d x dp %d), optimizer %s",
+            config.model.name, f"{count_parameters(config.model):,}", config.train.dtype, self.world.size,
+            config.parallel.tp, config.parallel.pp, self.world.dp_size, self.engine.optimizer_name,
+        )  # fmt: skip
+        log.info("%s", self.applied.table())
+
+    @contextmanager
+    def _watching_for_sigterm(self) -> Iterator[None]:
+        """Slurm announces preemption with SIGTERM: the step in progress is finished and saved."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(*_: Any) -> None:
+            self._signalled = True
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    # -- training
+
+    def _train(self, begin: _Start) -> tuple[int, float | None]:
+        """(steps done, last loss)."""
+        config, world, start = self.config, self.world, begin.step
+        steps, stop_after = config.train.steps, config.train.stop_after
+        if not begin.own and (before := self._evaluate(start)) is not None:
+            self._emit(Record(step=start, val_loss=before))
+        if start >= min(steps, stop_after or steps):
+            log.info("nothing to do: step %d is behind the run already", start)
+            return start, None
+        consumed = start * config.train.global_batch_size
+        batches = data.train_iterator(
+            self.datasets, config, dp_rank=world.dp_rank, dp_size=world.dp_size, consumed_samples=consumed
+        )
+        loss, step = None, start
+        for step in range(start + 1, steps + 1):
+            result, seconds = self._step(step, batches, check=step == start + 1)
+            loss = result.loss
+            self._count_nonfinite(step, result)
+            evaluate = step == steps or (config.train.eval_every > 0 and step % config.train.eval_every == 0)
+            self._emit(self._record(step, result, seconds, self._evaluate(step) if evaluate else None))
+            stop = world.any(self._signalled) or (stop_after is not None and step >= stop_after)
+            if stop or step == steps or (config.checkpoint.every > 0 and step % config.checkpoint.every == 0):
+                self._save(step)
+            self._stop_if_diverged(step)
+            if stop:
+                break
+        return step, loss
+
+    def _step(self, step: int, batches: Iterator[data.Batch], *, check: bool) -> tuple[StepResult, float]:
+        """One optimizer step and its duration; the first one of a process is checked against the layer table."""
+        assert self.engine is not None
+        self._set_clock(step - 1)
+        begin = time.perf_counter()
+        result = self.engine.train_step(step, batches)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        if check:
+            self.applied.check_counts()
+        return result, seconds
+
+    def _evaluate(self, step: int) -> float | None:
+        """Validation loss of the weights after `step` updates; None when train.eval_samples is 0."""
+        assert self.engine is not None
+        if self.datasets.valid is None:
+            return None
+        self._set_clock(step)
+        rank, size = self.world.dp_rank, self.world.dp_size
+        loss = self.engine.evaluate(data.valid_batches(self.datasets, self.config, dp_rank=rank, dp_size=size))
+        self._val_losses.append((step, loss))
+        return loss
+
+    def _set_clock(self, updates: int) -> None:
+        for message in self.applied.set_step(updates, self.config.train.steps):
+            log.info("%s", message)
+
+    def _count_nonfinite(self, step: int, result: StepResult) -> None:
+        self._streak = self._streak + 1 if result.skipped else 0
+        self._skipped += result.skipped
+        if result.skipped:
+            log.warning(
+                "step %d: loss %g, gradient norm %g: skipped (%d in a row, at most %d)",
+                step, result.loss, result.grad_norm, self._streak, self.config.train.max_nonfinite_steps,
+            )  # fmt: skip
+
+    def _stop_if_diverged(self, step: int) -> None:
+        limit = self.config.train.max_nonfinite_steps
+        if self._streak < limit:
+            return
+        good = self.world.from_rank0(self.store.last_good)
+        kept = f"the last good checkpoint is {good}" if good else "no checkpoint was written before (checkpoint.every)"
+        raise TrainingDiverged(
+            f"step {step}: loss or gradient was not finite for {self._streak} steps in a row (train.max_nonfinite_steps ="
+            f" {limit}); {kept}. Lower optim.lr or optim.clip_grad, or look at the data from sample"
+            f" {(step - self._streak) * self.config.train.global_batch_size} on; then start from it with checkpoint.load"
+        )
+
+    # -- writing
+
+    def _record(self, step: int, result: StepResult, seconds: float, val_loss: float | None) -> Record:
+        speed = _step_tokens(self.config) / seconds
+        self._speeds.append(speed)
+        tflops = flops_per_token(self.config.model) * speed / self.world.size / 1e12
+        on_gpu = self.world.device.type == "cuda"
+        peak = peak_tflops(self.config, torch.cuda.get_device_name() if on_gpu else "")
+        return Record(
+            step=step,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            tokens_per_s=speed,
+            tflops=tflops,
+            mfu=tflops / peak if peak else None,
+            val_loss=val_loss,
+            seconds=seconds,
+            skipped=result.skipped,
+        )
+
+    def _emit(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+
+    def _save(self, step: int) -> None:
+        """Write and publish a checkpoint of the weights after `step` steps."""
+        assert self.engine is not None
+        world, config = self.world, self.config
+        manifest = checkpoint.describe(
+            config, step=step, dp=world.dp_size, streak=self._streak, skipped=self._skipped, versions=versions()
+        )
+        self.engine.save(world.from_rank0(lambda: self.store.begin(step)))
+        world.barrier()
+        published = world.from_rank0(lambda: self.store.publish(manifest, config.checkpoint.keep))
+        log.info("step %d: saved %s", step, published)
+        self._draw()
+
+    def _draw(self) -> None:
+        if self.world.is_first:
+            c = self.config
+            draw_curves(self.folder.metrics, self.folder.curves, f"{c.run.name}: {c.model.name}, {c.recipe.name}")
+
+    def _finish(self, done: int, loss: float | None) -> RunSummary:
+        """Draw, sum up, tell."""
+        self._draw()
+        summary = RunSummary(
+            run_dir=self.folder.path,
+            steps=done,
+            interrupted=done < self.config.train.steps,
+            loss=loss,
+            val_losses=tuple(self._val_losses),
+            tokens_per_s=statistics.median(self._speeds) if self._speeds else 0.0,
+            fp4_share=_counted_share(self.applied, self.world),
+            skipped_steps=self._skipped,
+            checkpoint=self.world.from_rank0(self.store.newest),
+        )
+        for line in _closing_words(summary, self.applied):
+            log.info("%s", line)
+        return summary
+
+
+def _build(config: RunConfig, world: World) -> tuple[Engine, AppliedRecipe]:
+    """The model under its recipe in its engine."""
+    dtype = _DTYPES[config.train.dtype]
+    model = build_gpt(
+        config,
+        dtype,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    whole = config.parallel.pp == 1
+    applied = apply_recipe(
+        model,
+        config.recipe,
+        seed=config.run.seed,
+        backend=config.backend,
+        sites=None if whole else gpt_sites(config.model),
+        layer_offset=model.decoder.layers[0].layer_number - 1,
+        tokens=_tokens(config),
+    )
+    applied.clock.cache_weights = True  # weights change only between steps
+    if config.engine.kind == "megatron":
+        from fp4dist.train.engine_megatron import MegatronEngine
+
+        return MegatronEngine(config, world, model, applied, dtype), applied
+    if world.device.type == "cpu":
+        env.tell_deepspeed_there_is_no_gpu()  # before the import: DeepSpeed decides then
+    from fp4dist.train.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, world, model, applied, dtype), applied
+
+
+def _counted_share(applied: AppliedRecipe, world: World) -> float:
+    """FP4's share of the block linears' FLOPs that all ranks counted."""
+    flops = applied.counts()["flops"]
+    sums = torch.tensor([flops.get("fp4", 0), sum(flops.values())], dtype=torch.float64, device=world.device)
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1]) if sums[1] > 0 else 0.0
+
+
+def _closing_words(s: RunSummary, applied: AppliedRecipe) -> list[str]:
+    planned = applied.to_json()["fp4_share_of_block_linear_flops"]
+    lines = [f"{'interrupted' if s.interrupted else 'done'} at step {s.steps}; run folder {s.run_dir}"]
+    if s.val_losses:
+        (first, a), (last, b) = s.val_losses[0], s.val_losses[-1]
+        lines.append(f"validation loss {a:.4f} (step {first}) -> {b:.4f} (step {last})")
+    if s.tokens_per_s:
+        lines.append(
+            f"{s.tokens_per_s:,.0f} tokens/s (median); {s.fp4_share:.1%} of block-linear FLOPs ran in FP4 by counted"
+            f" calls, the layer table says {planned:.1%}"
+        )
+    if s.skipped_steps:
+        lines.append(f"{s.skipped_steps} steps were skipped because loss or gradient was not finite")
+    if s.checkpoint is not None:
+        lines.append(f"newest checkpoint {s.checkpoint}")
+    return lines
+
+
+@contextmanager
+def _without_known_warnings() -> Iterator[None]:
+    """Silence what Megatron-core and DeepSpeed do by design, and what they will have to rename one day."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        yield
+
+
+@contextmanager
+def _named_out_of_memory(config: RunConfig, dp: int) -> Iterator[None]:
+    """Say which buffers fill the GPU instead of which allocation happened to be the last."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as e:
+        needed = memory.estimate(config, dp, element=_DTYPES[config.train.dtype].itemsize)
+        buffers = ", ".join(f"{name} {memory.readable(size)}" for name, size in needed.largest())
+        total = memory.readable(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+        raise ConfigError(
+            f"train.micro_batch_size = {config.train.micro_batch_size}: out of GPU memory ({total}); estimated for this rank:"
+            f" {buffers}. Ways out: a smaller train.micro_batch_size (global_batch_size may stay), parallel.tp or more"
+            f" data-parallel ranks, engine.kind: deepspeed with a higher engine.zero_stage. ({str(e).splitlines()[0]})"
+        ) from e

@@ -1,0 +1,125 @@
+"""How much memory a run needs on one rank, from its configuration alone: for dry runs and for out-of-memory errors.
+
+A model of the large buffers, not of everything: the allocator's fragments, kernels' workspaces and NCCL's buffers come on
+top (1 to 3 GB on a GPU), and FP4 codes kept for backward make the activations smaller than said here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fp4dist.megatron.sites import count_parameters, gpt_sites
+from fp4dist.spec.recipe import BLOCK_ROLES
+from fp4dist.spec.run import ModelConfig, RunConfig
+
+_FP32 = 4  # bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes of one rank (the fullest pipeline stage).
+
+    parameters    number of parameters that this rank holds
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All buffers."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    def table(self) -> str:
+        """One line a buffer, the largest first."""
+        return "\n".join(
+            f"  {name:<12} {readable(size):>10}" for name, size in [*self.largest(), ("total", self.total)]
+        )
+
+    def largest(self) -> list[tuple[str, int]]:
+        """(buffer, bytes), the largest first."""
+        names = ("weights", "gradients", "optimizer", "activations", "logits")
+        return sorted(((n, getattr(self, n)) for n in names), key=lambda item: -item[1])
+
+
+def readable(size: int) -> str:
+    """Bytes for people: 312 MiB, 4.25 GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def estimate(config: RunConfig, dp: int, *, element: int) -> MemoryEstimate:
+    """The estimate for `dp` data-parallel ranks.
+
+    element   bytes of one weight or activation: 2 for bf16, 4 for fp32
+    """
+    count = _parameters_per_rank(config)
+    weights, gradients, optimizer = _states(config, count, dp, element)
+    return MemoryEstimate(
+        parameters=count,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=_activations(config, element),
+        logits=_logits(config, element),
+    )
+
+
+def _parameters_per_rank(config: RunConfig) -> int:
+    """Parameters of the fullest stage: its share of the blocks, and the embedding or the head (both without a pipeline)."""
+    model, p = config.model, config.parallel
+    blocks = sum(s.in_features * s.out_features for s in gpt_sites(model) if s.role in BLOCK_ROLES)
+    table = model.vocab_size * model.hidden_size
+    tables = count_parameters(model) - blocks - _norms(model)
+    ends = table if p.pp > 1 else tables
+    return blocks // (p.tp * p.pp) + ends // p.tp + _norms(model) // p.pp
+
+
+def _norms(model: ModelConfig) -> int:
+    width = model.hidden_size * (2 * model.num_layers + 1)
+    return width + (2 * model.num_layers * model.kv_channels if model.qk_norm else 0)
+
+
+def _states(config: RunConfig, count: int, dp: int, element: int) -> tuple[int, int, int]:
+    """Bytes of (weights, gradients, optimizer).
+
+    Optimizer: two fp32 moments, and an fp32 master copy where the weights are not fp32 themselves.
+    Megatron: gradients in one fp32 buffer, optimizer state cut over data-parallel ranks.
+    DeepSpeed: ZeRO 1 cuts the optimizer state, 2 also the gradients, 3 also the weights; bf16 gradients have an fp32 sum.
+    """
+    moments = 2 * _FP32 * count + (_FP32 * count if element < _FP32 else 0)
+    if config.engine.kind == "megatron":
+        return element * count, _FP32 * count, moments // dp
+    stage = config.engine.zero_stage
+    summed = _FP32 if element < _FP32 else 0
+    return (
+        element * count // (dp if stage == 3 else 1),
+        (element + summed) * count // (dp if stage >= 2 else 1),
+        moments // (dp if stage >= 1 else 1),
+    )
+
+
+def _activations(config: RunConfig, element: int) -> int:
+    """What a block keeps for backward, a token, in elements of the model's precision:
+
+    whole hidden width       both norms' inputs and outputs                                4 h
+    tensor-parallel width    q, k, v, the attention's output, fc1's two outputs, fc2's input  2 q + 2 kv + 3 f
+
+    The first stage of a pipeline holds up to pp micro-batches at once.
+    """
+    m, p, t = config.model, config.parallel, config.train
+    replicated = 4 * m.hidden_size / (p.tp if p.sequence_parallel else 1)
+    sharded = (2 * m.num_attention_heads + 2 * m.query_groups) * m.kv_channels + 3 * m.ffn_hidden_size
+    tokens = t.micro_batch_size * m.seq_length / p.cp
+    in_flight = min(p.pp, t.global_batch_size // t.micro_batch_size)
+    return int(element * tokens * (m.num_layers / p.pp) * in_flight * (replicated + sharded / p.tp))
+
+
+def _logits(config: RunConfig, element: int) -> int:
+    """Logits in the model's precision, their fp32 copy, and the gradient of the loss."""
+    tokens = config.train.micro_batch_size * config.model.seq_length / config.parallel.cp
+    width = 2 * element + _FP32 if element < _FP32 else 2 * _FP32
+    return int(tokens * config.model.vocab_size / config.parallel.tp * width)

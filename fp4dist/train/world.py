@@ -1,0 +1,174 @@
+"""The processes of one run: who they are, on which device, in which groups, and how they agree.
+
+`open_world` turns the launcher's variables into a torch.distributed job with Megatron's process groups and leaves
+nothing behind when the run ends. Decisions that only rank 0 can make (files, clocks) reach the others through
+`World.from_rank0`, errors included, so that no rank waits for one that has already given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fp4dist import env
+from fp4dist.errors import ConfigError, Fp4DistError
+from fp4dist.megatron.cpu import install_cpu_shims
+from fp4dist.megatron.upstream import model_parallel_cuda_manual_seed, parallel_state
+from fp4dist.spec.run import RunConfig
+
+T = TypeVar("T")
+log = logging.getLogger("fp4dist")
+_TIMEOUT = timedelta(hours=1)  # of a collective; a checkpoint of rank 0 may take long on a slow disk
+_PIPELINE_SEED_STRIDE = 100  # Megatron's: pipeline stages draw different initial weights
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One process's place. dp counts replicas of the model, with their rank in `dp_rank`."""
+
+    rank: int
+    size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and the log."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is True on one."""
+        if self.size == 1:
+            return flag
+        answer = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+        return bool(answer.item())
+
+    def from_rank0(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and give its result, or its Fp4DistError or OSError, to every rank."""
+        box: list[object] = [None, None]
+        if self.is_first:
+            try:
+                box[0] = work()
+            except (Fp4DistError, OSError) as e:
+                box[1] = e
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        if isinstance(box[1], BaseException):
+            raise box[1]
+        return box[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def check_sizes(config: RunConfig, world_size: int) -> int:
+    """The data-parallel size of `world_size` processes; raises ConfigError when something does not divide."""
+    p = config.parallel
+    if p.cp > 1:
+        raise ConfigError(
+            f"parallel.cp = {p.cp}: the attention of this model does not split the sequence; use cp: 1,"
+            " and sequence_parallel or a smaller micro batch to save memory"
+        )
+    shards = p.tp * p.pp * p.cp
+    if world_size % shards:
+        raise ConfigError(
+            f"WORLD_SIZE = {world_size} is not a multiple of parallel.tp * pp * cp = {p.tp} * {p.pp} * {p.cp} ="
+            f" {shards}; start a multiple of {shards} processes or change parallel.*"
+        )
+    dp = world_size // shards
+    t = config.train
+    if t.global_batch_size % (t.micro_batch_size * dp):
+        raise ConfigError(
+            f"train.global_batch_size = {t.global_batch_size} is not a multiple of train.micro_batch_size * data parallel ="
+            f" {t.micro_batch_size} * {dp} = {t.micro_batch_size * dp}; all ranks run equally many micro-batches: change one"
+        )
+    return dp
+
+
+@contextmanager
+def open_world(config: RunConfig) -> Iterator[World]:
+    """Join the job and build Megatron's groups; on exit undo what was done here.
+
+    A process group that already exists (tests, notebooks) is used and left alone. After an error that is not ours other
+    ranks may be waiting in a collective, so nothing is taken down: the process ends, and the launcher ends the others.
+    """
+    dp = check_sizes(config, dist.get_world_size() if dist.is_initialized() else env.world_size())
+    device = _device(config)
+    mine = not dist.is_initialized()
+    if mine:
+        env.ensure_launch_variables()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, **_binding(device))
+    try:
+        _set_threads(device)
+        yield _megatron_groups(config, device, dp)
+    except Fp4DistError:
+        _close(mine)
+        raise
+    _close(mine)
+
+
+def _binding(device: torch.device) -> dict[str, torch.device]:
+    """Bind NCCL to the device now, so that no barrier has to guess it."""
+    return {"device_id": device} if device.type == "cuda" else {}
+
+
+def _device(config: RunConfig) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if config.parallel.tp > 1 and env.serialize_device_queues():
+        log.info("CUDA_DEVICE_MAX_CONNECTIONS=1 is set: tensor-parallel collectives start in the order of their launch")
+    index, count = env.local_rank(), torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(
+            f"LOCAL_RANK = {index}, but this host shows {count} GPUs; start at most {count} processes here"
+            " (--num_gpus or --nproc-per-node)"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _set_threads(device: torch.device) -> None:
+    """Share the host's cores among its processes; launchers leave one thread, which starves a run on CPU."""
+    cores, ranks = env.cores(), env.local_world_size()
+    threads = max(1, cores // ranks)
+    torch.set_num_threads(threads)
+    log.info("%s, %d cores / %d ranks on this host = %d CPU threads each", device.type, cores, ranks, threads)
+
+
+def _megatron_groups(config: RunConfig, device: torch.device, dp: int) -> World:
+    install_cpu_shims()
+    p = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=p.tp,
+        pipeline_model_parallel_size=p.pp,
+        context_parallel_size=p.cp,
+        create_gloo_process_groups=False,
+    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    seed = (config.run.seed + _PIPELINE_SEED_STRIDE * stage) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    rank = parallel_state.get_data_parallel_rank()
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), dp_rank=rank, dp_size=dp, device=device)
+
+
+def _close(mine: bool) -> None:
+    parallel_state.destroy_model_parallel()
+    if mine and dist.is_initialized():
+        dist.destroy_process_group()
