@@ -26,7 +26,7 @@ def main() -> int:
         print(f"{missing}; install fp4dist first: pip install -c constraints.txt -e .", file=sys.stderr)
         return 2
     try:
-        _log_to_stdout(logging.INFO if env.rank() == 0 and not args.dry_run else logging.WARNING)
+        _log_to_stdout(logging.WARNING if args.dry_run else logging.INFO if env.rank() == 0 else logging.ERROR)
         from fp4dist.spec.load import load_run
 
         config = load_run(args.config, args.set)

@@ -82,7 +82,8 @@ def families(rows: int, columns: int, seed: int = 0) -> dict[str, Tensor]:
 
 def exactly_summable(rows: int, columns: int, seed: int = 0) -> BlockScaledTensor:
     """NVFP4 with block scales in {1, 2} and tensor scale 1: every partial sum of a product with K <= 4096 is a multiple
-    of 1/4 below 2**24, so any order of summation gives the same fp32."""
+    of 1/4 below 2**24, so any order of summation gives the same fp32.
+    """
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
     one, two = 0x38, 0x40  # E4M3

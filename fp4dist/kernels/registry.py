@@ -85,9 +85,7 @@ def resolve(request: Request, config: BackendConfig) -> Kernel:
         if config.kind == "auto"
         else "set backend.kind: auto, or reference for the (slow, bit-identical) reference"
     )
-    raise KernelUnavailable(
-        f"no backend can run {request.op}({label}) on {request.device}:\n{lines}\n  {way_out}"
-    )
+    raise KernelUnavailable(f"no backend can run {request.op}({label}) on {request.device}:\n{lines}\n  {way_out}")
 
 
 def explain(request: Request, config: BackendConfig) -> dict[str, str]:

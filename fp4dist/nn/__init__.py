@@ -1,1 +1,1 @@
-"""One linear layer: three GEMMs, six operands, any process group; and the rules that say which layer gets which recipe."""
+"""One linear layer: three GEMMs, six operands, any process group; the rules that say which layer gets which recipe."""

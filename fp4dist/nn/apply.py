@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.assign import Assignments, assign, check_shapes
 from fp4dist.nn.clock import Clock
 from fp4dist.nn.linear import Fp4Linear
-from fp4dist.nn.plan import FP4, LinearPlan, Tally
+from fp4dist.nn.plan import FP4, LinearPlan, Tally, resolve_kernels
 from fp4dist.nn.report import LinearRow, fp4_share, table_json, table_text
 from fp4dist.nn.sites import Fp4Module, LinearSite, check_numbers, find_linears
 from fp4dist.spec.load import load_recipe
-from fp4dist.spec.recipe import BLOCK_ROLES, GEMMS, Recipe
+from fp4dist.spec.recipe import BLOCK_ROLES, GEMMS, LinearRecipe, Recipe
 from fp4dist.spec.run import BackendConfig
 
 
@@ -28,6 +29,7 @@ class Target:
 
     site: LinearSite
     module: Fp4Module
+    device: torch.device
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class AppliedRecipe:
     backend: BackendConfig
     uncounted: int = 0  # block linears of this rank that stay torch.nn.Linear
     active: frozenset[str] = frozenset()  # names of running phases
+    before: tuple[tuple[LinearRow, ...], ...] = ()  # tables that phases have replaced since the counters were reset
 
     def table(self) -> str:
         """The table for the log."""
@@ -88,6 +91,7 @@ class AppliedRecipe:
 
     def reset_counts(self) -> None:
         """Start counting anew."""
+        self.before = ()
         for target in self.targets:
             if target.module.plan is not None:
                 target.module.plan.tally = Tally()
@@ -95,18 +99,19 @@ class AppliedRecipe:
     def check_counts(self) -> None:
         """What ran since the last reset must be what the table says: every GEMM of every target, with its kind.
 
-        A gradient that autograd does not ask for (frozen weight, input without gradient) may be absent.
+        A gradient that autograd does not ask for (frozen weight, input without gradient) may be absent. Where a phase
+        has started in between, the kinds of the earlier tables count as well.
         """
-        by_path = {row.site.path: row for row in self.rows}
+        tables = [{row.site.path: row.kinds() for row in rows} for rows in (self.rows, *self.before)]
         for target in self.targets:
-            planned = by_path[target.site.path].kinds()
             tally = _tally(target)
             for gemm in GEMMS:
+                planned = {table[target.site.path][gemm] for table in tables}
                 ran = {kind for g, kind in tally.calls if g == gemm}
-                if ran != {planned[gemm]} and not (gemm in tally.unneeded and not ran):
+                if not (ran and ran <= planned) and not (gemm in tally.unneeded and not ran):
                     raise RecipeMismatch(
-                        f"{target.site.path} {gemm}: the table promises {planned[gemm]}, but"
-                        f" {' and '.join(sorted(ran)) or 'nothing'} ran; is the layer used, and does its gradient flow?"
+                        f"{target.site.path} {gemm}: the table promises {_either(planned)}, but"
+                        f" {_either(ran) or 'nothing'} ran; is the layer used, and does its gradient flow?"
                     )
 
     def drop_caches(self) -> None:
@@ -125,6 +130,7 @@ class AppliedRecipe:
             if phase.name in self.active:
                 use.update(phase.use)
         assigned = assign([row.site for row in self.rows], self.recipe)
+        self.before = (*self.before, self.rows)
         self.rows = _rows(assigned, self.recipe, use)
         _give_plans(self)
 
@@ -158,13 +164,15 @@ def apply_recipe(
     everything = list(sites) if sites is not None else [site for _, site, _, _ in found]
     check_numbers(everything)
     assigned = assign(everything, recipe)
+    backend = backend or BackendConfig()
     targets = []
     for chunk, site, path, module in found:
-        linear = recipe.linear(assigned.named(site.path).linear)
-        target = module if isinstance(module, Fp4Module) else _replace(chunk, path, module, linear.is_high_precision)
+        variants = recipe.variants(assigned.named(site.path).linear)
+        high_precision = all(v.is_high_precision for v in variants)
+        target = module if isinstance(module, Fp4Module) else _replace(chunk, path, module, high_precision)
         if target is not None:
-            check_shapes(site, linear, tokens=tokens, tp=target.comm.size)
-            targets.append(Target(site, target))
+            targets.append(Target(site, target, _device(target, chunk)))
+            _check_variants(targets[-1], variants, backend, tokens)
     reached = {t.site.path for t in targets}
     applied = AppliedRecipe(
         recipe=recipe,
@@ -172,11 +180,12 @@ def apply_recipe(
         rows=_rows(assigned, recipe, {}),
         remarks=assigned.remarks,
         targets=tuple(targets),
-        backend=backend or BackendConfig(),
+        backend=backend,
         uncounted=sum(site.role in BLOCK_ROLES and site.path not in reached for _, site, _, _ in found),
     )
-    _refuse_unreachable(applied, {site.layer for _, site, _, _ in found})
+    _refuse_unreachable(applied, chunks, {site.layer for _, site, _, _ in found})
     _give_plans(applied)
+    applied.reset_counts()  # a recipe applied earlier has left its own
     return applied
 
 
@@ -184,7 +193,8 @@ def plan_table(sites: Sequence[LinearSite], recipe: Recipe, *, tokens: int | Non
     """The table without a model: rules, shapes and sizes are checked, no kernel is resolved."""
     assigned = assign(sites, recipe)
     for row in assigned.rows:
-        check_shapes(row.site, recipe.linear(row.linear), tokens=tokens, tp=tp)
+        for linear in recipe.variants(row.linear):
+            check_shapes(row.site, linear, tokens=tokens, tp=tp)
     return AppliedRecipe(recipe, Clock(), _rows(assigned, recipe, {}), assigned.remarks, (), BackendConfig())
 
 
@@ -196,6 +206,21 @@ def _rows(assigned: Assignments, recipe: Recipe, use: Mapping[str, str]) -> tupl
     return tuple(rows)
 
 
+def _check_variants(
+    target: Target, variants: Sequence[LinearRecipe], backend: BackendConfig, tokens: int | None
+) -> None:
+    """What a phase will turn the linear into must be possible too, now rather than at the phase's first step."""
+    for linear in variants:
+        check_shapes(target.site, linear, tokens=tokens, tp=target.module.comm.size)
+        resolve_kernels(linear, target.device, backend)
+
+
+def _device(module: Fp4Module, chunk: nn.Module) -> torch.device:
+    """Where the linear computes; a head tied to the embedding has no weight of its own, the model has others."""
+    weight = getattr(module, "weight", None)
+    return (weight if weight is not None else next(chunk.parameters())).device
+
+
 def _give_plans(applied: AppliedRecipe) -> None:
     """Resolve kernels and hand every target its plan; counters survive a phase switch."""
     rows = {row.site.path: i for i, row in enumerate(applied.rows)}
@@ -203,9 +228,8 @@ def _give_plans(applied: AppliedRecipe) -> None:
     for target in applied.targets:
         i = rows[target.site.path]
         row = updated[i]
-        weight = target.module.weight  # type: ignore[attr-defined]
         plan = LinearPlan.resolve(
-            target.site.path, target.site.number, row.recipe, applied.clock, weight.device, applied.backend
+            target.site.path, target.site.number, row.recipe, applied.clock, target.device, applied.backend
         )
         if target.module.plan is not None:
             plan.tally = target.module.plan.tally
@@ -216,7 +240,7 @@ def _give_plans(applied: AppliedRecipe) -> None:
 
 
 def _replace(root: nn.Module, path: str, module: nn.Module, high_precision: bool) -> Fp4Module | None:
-    """Swap a torch.nn.Linear for an Fp4Linear; one that stays in bf16 is left as it is."""
+    """Swap a torch.nn.Linear for an Fp4Linear in every place that holds it; one that stays in bf16 is left alone."""
     if high_precision:
         return None
     if type(module) is not nn.Linear:
@@ -224,25 +248,35 @@ def _replace(root: nn.Module, path: str, module: nn.Module, high_precision: bool
             f"{path} is a {type(module).__name__}, a subclass of torch.nn.Linear whose forward fp4dist would replace;"
             " give it to bf16 with a rule or make it a plain Linear"
         )
-    parent_path, _, name = path.rpartition(".")
     if not path:
         raise RecipeMismatch("the model itself is a torch.nn.Linear; wrap it in a module or use Fp4Linear.of(model)")
     made = Fp4Linear.of(module)
-    setattr(root.get_submodule(parent_path), name, made)
+    places = [place for place, held in root.named_modules(remove_duplicate=False) if held is module]
+    for place in places:
+        parent, _, name = place.rpartition(".")
+        setattr(root.get_submodule(parent), name, made)
     return made
 
 
-def _refuse_unreachable(applied: AppliedRecipe, local_layers: set[int | None]) -> None:
+def _refuse_unreachable(applied: AppliedRecipe, chunks: Sequence[nn.Module], local_layers: set[int | None]) -> None:
     """A linear that a rule quantizes but that nothing here can run in FP4 (such as Megatron's own output layer)."""
     reached = {t.site.path for t in applied.targets}
+    held = {path for chunk in chunks for path, _ in chunk.named_modules()}
     for row in applied.rows:
-        if row.recipe.is_high_precision or row.site.path in reached:
+        site = row.site
+        if site.path in reached or all(v.is_high_precision for v in applied.recipe.variants(row.linear)):
             continue
-        if row.site.layer is not None and row.site.layer not in local_layers:
-            continue  # on another pipeline stage
+        elsewhere = site.path not in held if site.layer is None else site.layer not in local_layers
+        if elsewhere:  # on another pipeline stage
+            continue
         raise RecipeMismatch(
-            f"{row.site.path}: {row.why} asks for FP4, but this layer's class cannot run it; give it to bf16 with an earlier rule"
+            f"{site.path}: {row.why} asks for FP4, but this layer's class cannot run it;"
+            " give it to bf16 with an earlier rule"
         )
+
+
+def _either(kinds: set[str]) -> str:
+    return " or ".join(sorted(kinds))
 
 
 def _tally(target: Target) -> Tally:

@@ -13,7 +13,6 @@ from fp4dist.nn.comm import SLOT_DIMS, Dim
 from fp4dist.nn.sites import LinearSite
 from fp4dist.spec.recipe import HIGH_PRECISION, SLOTS, LinearRecipe, Recipe, Rule
 
-
 UNMATCHED = "no rule matches"
 
 

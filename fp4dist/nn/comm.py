@@ -44,7 +44,7 @@ class LinearComm(Protocol):
         ...
 
     def reduce_dx(self, dx: Tensor) -> Callable[[], Tensor]:
-        """Start summing the partial input gradient over ranks; the returned function waits and gives this rank's part."""
+        """Start summing the partial input gradient over ranks; the returned function waits, gives this rank's part."""
         ...
 
     def reduce_max(self, slot: str) -> ReduceMax | None:

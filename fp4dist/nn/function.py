@@ -30,7 +30,8 @@ def fp4_linear(x: Tensor, weight: Tensor, plan: LinearPlan, comm: LinearComm) ->
     weight   [O, I] this rank's shard; a `main_grad` attribute (fp32) receives the FP4 weight gradient directly
     returns  [..., O] in x's dtype
     """
-    return Fp4LinearFunction.apply(x, weight, plan, comm, torch.is_grad_enabled())
+    with torch.autocast(x.device.type, enabled=False):  # it would run the fp32 arithmetic of a GEMM in bf16
+        return Fp4LinearFunction.apply(x, weight, plan, comm, torch.is_grad_enabled())
 
 
 class Fp4LinearFunction(torch.autograd.Function):
@@ -44,7 +45,7 @@ class Fp4LinearFunction(torch.autograd.Function):
         full_x = comm.gather_x(x)
         if plan.kind("fprop") == HIGH:
             x_q, w_q = full_x, weight
-            y = torch.matmul(full_x, weight.t())
+            y = torch.matmul(full_x, weight.to(full_x.dtype).t())  # the dtypes differ under autocast only
             if training:
                 plan.count("fprop", full_x.numel() // full_x.shape[-1], weight.shape[0], weight.shape[1])
         else:
@@ -68,8 +69,9 @@ class Fp4LinearFunction(torch.autograd.Function):
         plan.clock.step, plan.clock.micro_batch = ctx.clock
         dy_TO = dy.flatten(0, -2)
         try:
-            finish_dx = comm.reduce_dx(_dgrad(plan, comm, dy, dy_TO, w_q, weight)) if needs_dx else None
-            dw = _wgrad(plan, comm, dy_TO, x, x_q) if needs_dw else None
+            with torch.autocast(dy.device.type, enabled=False):
+                finish_dx = comm.reduce_dx(_dgrad(plan, comm, dy, dy_TO, w_q, weight)) if needs_dx else None
+                dw = _wgrad(plan, comm, dy_TO, x, x_q) if needs_dw else None
         finally:
             plan.clock.step, plan.clock.micro_batch = now
         dx = finish_dx() if finish_dx is not None else None
@@ -80,7 +82,7 @@ def _dgrad(plan: LinearPlan, comm: LinearComm, dy: Tensor, dy_TO: Tensor, w_q: C
     """[..., I] in dy's dtype; under tensor parallelism a partial sum."""
     if plan.kind("dgrad") == HIGH:
         plan.count("dgrad", dy_TO.shape[0], weight.shape[1], weight.shape[0])
-        return dy.matmul(weight.to(dy.dtype))  # they differ under autocast only
+        return dy.matmul(weight.to(dy.dtype))
     dy_q = plan.quantize("dgrad.dy", dy_TO, comm)
     wt_q = plan.backward_operand("dgrad.w", w_q, weight, comm)
     return plan.matmul("dgrad", dy_q, wt_q).to(dy.dtype).unflatten(0, dy.shape[:-1])

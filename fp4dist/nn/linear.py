@@ -21,7 +21,7 @@ class Fp4Linear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Fp4Linear:
-        """An Fp4Linear with `linear`'s parameters, hooks and mode, so optimizers that hold the parameters keep working."""
+        """An Fp4Linear with `linear`'s own parameters, hooks and mode: optimizers that hold them keep working."""
         made = cls.__new__(cls)
         made.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in linear.__dict__.items()})
         return made
@@ -39,7 +39,7 @@ class Fp4Linear(nn.Linear):
         if self.plan is None:
             return super().forward(input)
         if torch.is_autocast_enabled(input.device.type):  # as torch.nn.functional.linear does
-            input = input.to(torch.get_autocast_dtype(input.device.type))  # noqa: A001
+            input = input.to(torch.get_autocast_dtype(input.device.type))
         y = fp4_linear(input, self.weight, self.plan, self.comm)
         bias: Tensor | None = self.bias
         return y if bias is None else y + bias.to(y.dtype)

@@ -1,7 +1,7 @@
 """MEANING: the plain-torch reference that defines every bit. Fast kernels obtain the same bits, never other ones.
 
 The numerics contract
- 1. Quantizer maths is fp32, one rounding per operation, in the order written here; no FMA contraction, no flush to zero.
+ 1. Quantizer maths is fp32, one rounding per operation, in the order written here; no FMA contraction, no flush to 0.
  2. Encodings (E2M1, E4M3, E8M0) are comparisons and integer arithmetic of our own, never a compiler's cast.
  3. Noise is Philox-4x32-10 keyed by (seed, layer) and counted by (element index in the *global* tensor, global
     micro-batch, step, slot): the same bits for every backend, tensor-parallel split, recompute and call order.

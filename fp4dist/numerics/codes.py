@@ -103,7 +103,7 @@ def decode_e8m0(codes: Tensor) -> Tensor:
 
 
 def _interval(magnitude: Tensor, boundaries: tuple[float, ...], closed_right: bool) -> Tensor:
-    """uint8 number of boundaries below `magnitude` (or at it, unless intervals are closed on the right); NaN counts all.
+    """uint8 number of boundaries below `magnitude` (or at it, unless closed on the right); NaN counts all.
 
     On a CPU a comparison for each of the few boundaries is several times as fast as a binary search.
     """

@@ -14,8 +14,9 @@ Operand = BlockScaledTensor | Tensor
 def matmul(a_MK: Operand, b_NK: Operand) -> Tensor:
     """A B^T in fp32: [M, K] x [N, K] -> [M, N].
 
-    Operands are block-scaled or plain (bf16, fp32) tensors. A quantized operand enters as code * scale, which bf16 holds
-    exactly; the global scales and the rotation's 1/n multiply the fp32 sum. Two quantized operands must share a rotation.
+    Operands are block-scaled or plain (bf16, fp32) tensors. A quantized operand enters as code * scale, which bf16
+    holds exactly; the global scales and the rotation's 1/n multiply the fp32 sum. Two quantized operands must share a
+    rotation.
     """
     rotation = _common_rotation(a_MK, b_NK)
     alpha = _global_scale(a_MK) * _global_scale(b_NK)

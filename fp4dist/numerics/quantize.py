@@ -22,6 +22,7 @@ from fp4dist.spec.recipe import QuantSpec
 ReduceMax = Callable[[Tensor], Tensor]
 
 
+@torch.no_grad()  # how gradients pass a quantizer is the business of `fp4dist.nn`
 def quantize(
     x_RC: Tensor, spec: QuantSpec, key: Key | None = None, reduce_max: ReduceMax | None = None
 ) -> BlockScaledTensor:

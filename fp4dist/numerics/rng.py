@@ -8,6 +8,9 @@ Per-scale noise:   index = block // 4, the 32-bit word number block % 4.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -20,23 +23,25 @@ ROUNDS = 10
 SLOTS_PER_STREAM = 8
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words of Philox-4x32-10. counter: four int64 tensors in [0, 2**32), broadcastable; words likewise."""
+Word = TypeVar("Word", Tensor, int)
+
+
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
+    """Four words of Philox-4x32-10. counter: int64 tensors in [0, 2**32), broadcastable, or ints; words likewise."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
         p0, p1 = c0 * M0, c2 * M1  # 64-bit products; a signed wrap leaves the bit pattern right
-        c0, c1, c2, c3 = (p1 >> 32 & MASK) ^ c1 ^ k0, p1 & MASK, (p0 >> 32 & MASK) ^ c3 ^ k1, p0 & MASK
+        # the low halves p1, p0 are masked where they are used: in the next round's xor, or at the end
+        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & MASK, p1, ((p0 >> 32) ^ c3 ^ k1) & MASK, p0
         k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
-    return c0, c1, c2, c3
+    return c0, c1 & MASK, c2, c3 & MASK
 
 
 def words(index: Tensor, key: Key) -> Tensor:
     """[..., 4] int64 words for counter indices `index` (int64) under `key`."""
-    counter = [index & MASK]
-    for value in (key.micro_batch, key.step, key.slot + SLOTS_PER_STREAM * key.stream):
-        counter.append(torch.full((), value & MASK, dtype=torch.int64, device=index.device))
-    drawn = philox(tuple(counter), (key.seed & MASK, key.layer & MASK))
+    a, b, c = (torch.full((), w, dtype=torch.int64, device=index.device) for w in _run_words(key))
+    drawn = philox((index & MASK, a, b, c), (key.seed & MASK, key.layer & MASK))
     return torch.stack(torch.broadcast_tensors(*drawn), dim=-1)
 
 
@@ -52,6 +57,9 @@ def scale_noise(blocks: torch.Size, key: Key, block_columns: int, device: torch.
     rows, columns = blocks
     width = (key.columns or columns * block_columns) // block_columns
     first = key.column // block_columns
+    if not (width % 4 or first % 4 or columns % 4):  # whole draws only: one counter serves four blocks
+        quarter = replace(key, column=first, columns=width)
+        return words(_indices(blocks, quarter, 4, device), key).reshape(blocks)
     flat = (key.row + torch.arange(rows, device=device))[:, None] * width + first + torch.arange(columns, device=device)
     drawn = words(flat // 4, key)
     return drawn.gather(-1, (flat % 4).unsqueeze(-1)).squeeze(-1)
@@ -59,10 +67,13 @@ def scale_noise(blocks: torch.Size, key: Key, block_columns: int, device: torch.
 
 def random_signs(size: int, key: Key, device: torch.device) -> Tensor:
     """[size] fp32 of +-1, size <= 128: bit i of the 128-bit draw at index 0; a set bit is -1."""
-    drawn = words(torch.zeros((), dtype=torch.int64, device=device), key)
-    bit = torch.arange(size, device=device)
-    bits = drawn[bit // 32] >> (bit % 32) & 1
-    return 1.0 - 2.0 * bits.to(torch.float32)
+    drawn = philox((0, *_run_words(key)), (key.seed & MASK, key.layer & MASK))
+    return torch.tensor([1.0 - 2.0 * (drawn[i // 32] >> i % 32 & 1) for i in range(size)], device=device)
+
+
+def _run_words(key: Key) -> tuple[int, int, int]:
+    """The counter's words above the index."""
+    return key.micro_batch & MASK, key.step & MASK, (key.slot + SLOTS_PER_STREAM * key.stream) & MASK
 
 
 def _indices(shape: torch.Size, key: Key, group: int, device: torch.device) -> Tensor:

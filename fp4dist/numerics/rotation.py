@@ -24,8 +24,10 @@ def butterflies(x: Tensor, size: int) -> Tensor:
     shape = x.shape
     stride = 1
     while stride < size:
-        pairs = x.reshape(-1, 2, stride)
-        x = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1)
+        low, high = x.reshape(-1, 2, stride).unbind(1)
+        x = torch.empty((low.shape[0], 2, stride), dtype=x.dtype, device=x.device)
+        torch.add(low, high, out=x[:, 0])
+        torch.sub(low, high, out=x[:, 1])
         stride *= 2
     return x.reshape(shape)
 

@@ -81,7 +81,7 @@ class BlockScaledTensor:
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.global_scale))
 
     def transpose(self) -> BlockScaledTensor:
-        """The transposed matrix with the same values: legal for square blocks without rotation, codes are only moved."""
+        """The transposed matrix with the same values: for square blocks without rotation; codes are only moved."""
         if self.block[0] != self.block[1] or self.rotation != 1:
             raise ValueError(f"codes with block {self.block} and rotation {self.rotation} cannot be read transposed")
         nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(-2).t()

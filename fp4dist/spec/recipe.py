@@ -13,6 +13,7 @@ An operand without a QuantSpec stays in the model's own precision (bf16). Nothin
 from __future__ import annotations
 
 from dataclasses import field
+from fractions import Fraction
 from typing import ClassVar, Literal, get_args
 
 from fp4dist.spec.blocks import (
@@ -90,7 +91,7 @@ class QuantSpec:
         return max(self.shape[1], self.rotation.size if self.rotation else 1, noise)
 
     def label(self) -> str:
-        """A short text for tables: `nvfp4 1x16 4/6 sr17/16 rht16`."""
+        """A short text for tables: `nvfp4 1x16 17/16 sr rht16` (headroom 17/16, stochastic, 16-wide rotation)."""
         words = [self.format.name, f"{self.shape[0]}x{self.shape[1]}", *_rule_words(self.rule), *_rounding_words(self)]
         if self.rotation:
             words.append(
@@ -102,11 +103,17 @@ class QuantSpec:
 
 
 def _rule_words(rule: ScaleRule) -> list[str]:
-    if isinstance(rule, FourOverSix):
-        return ["4/6" if rule.metric == "mse" else f"4/6({rule.metric})"]
     if isinstance(rule, Ceil):
         return ["ceil"]
-    return [] if rule.headroom == 1 else [f"/{rule.headroom:.4g}"]
+    words = []
+    if isinstance(rule, FourOverSix):
+        words.append("4/6" if rule.metric == "mse" else f"4/6({rule.metric})")
+    if rule.headroom != 1:
+        near = Fraction(rule.headroom).limit_denominator(16)
+        words.append(str(near) if float(near) == rule.headroom else f"{rule.headroom:.4g}")
+    if not isinstance(rule, Floor) and rule.budget != type(rule)().budget:
+        words.append(f"max{rule.budget:g}")
+    return words
 
 
 def _rounding_words(spec: QuantSpec) -> list[str]:
@@ -351,6 +358,11 @@ class Recipe:
     def linear(self, name: str) -> LinearRecipe:
         """The LinearRecipe called `name`; `bf16` is the one without quantizers."""
         return LinearRecipe() if name == HIGH_PRECISION else self.linears[name]
+
+    def variants(self, name: str) -> list[LinearRecipe]:
+        """The LinearRecipe called `name`, and those that enabled phases turn it into."""
+        turned = [phase.use[name] for phase in self.phases if phase.enabled and name in phase.use]
+        return [self.linear(n) for n in dict.fromkeys([name, *turned])]
 
     @property
     def wants_fp4(self) -> bool:

@@ -4,10 +4,10 @@
                                            state/          the engine's files
                             /latest                        the name of the newest one
 
-A checkpoint is written into `.tmp-*` and renamed when it is complete; what a killed save left behind is removed at the
-next start. Files are data, not programs: Megatron's `.metadata` is read by an unpickler that admits only
-torch.distributed.checkpoint's own records, every other object with weights_only=True. DeepSpeed's files need full pickle
-and are read only from the run's own folder (it wrote them) or with `checkpoint.trusted: true`.
+A checkpoint is written into `.tmp-*` and renamed when it is complete; what a killed save left behind is removed at
+the next start. Files are data, not programs: Megatron's `.metadata` is read by an unpickler that admits only
+torch.distributed.checkpoint's own records, every other object with weights_only=True. DeepSpeed's files need full
+pickle and are read only from the run's own folder (it wrote them) or with `checkpoint.trusted: true`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != FORMAT or set(data) != names:
         found = data.get("format") if isinstance(data, dict) else None
         raise CheckpointError(
-            f"checkpoint {folder}: {_MANIFEST} has format {found}, this version reads {FORMAT}; use the fp4dist that wrote it"
+            f"checkpoint {folder}: {_MANIFEST} has format {found}, this version reads {FORMAT};"
+            " use the fp4dist that wrote it"
         )
     return Manifest(**data)
 
@@ -127,13 +128,13 @@ def check_fits(folder: Path, manifest: Manifest, config: RunConfig, *, dp: int, 
     if manifest.model_hash != model_hash(config.model):
         raise CheckpointError(
             f"{place}: it holds model {manifest.model} ({manifest.model_hash}), this run trains {config.model.name}"
-            f" ({model_hash(config.model)}); the shapes must be equal: set model: to that of the checkpoint, or start afresh"
+            f" ({model_hash(config.model)}); shapes must be equal: set model: to the checkpoint's, or start afresh"
         )
     if manifest.recipe_hash != recipe_hash(config.recipe) and not config.checkpoint.allow_recipe_change:
         raise CheckpointError(
             f"{place}: it was trained with recipe {manifest.recipe} ({manifest.recipe_hash}), this run uses"
-            f" {config.recipe.name} ({recipe_hash(config.recipe)}); set checkpoint.allow_recipe_change: true to go on with the"
-            " new recipe from its weights and optimizer state"
+            f" {config.recipe.name} ({recipe_hash(config.recipe)}); set checkpoint.allow_recipe_change: true to go on"
+            " with the new recipe from its weights and optimizer state"
         )
     if manifest.engine != config.engine.kind:
         raise CheckpointError(
@@ -150,13 +151,13 @@ def _check_deepspeed(place: str, manifest: Manifest, config: RunConfig, dp: int,
     for key, value in here.items():
         if value != there[key]:
             raise CheckpointError(
-                f"{place}: written with {key} = {there[key]}, this run has {value}; DeepSpeed's shards cannot be cut anew:"
-                f" use {there[key]} again (checkpoints of engine megatron can change their layout)"
+                f"{place}: written with {key} = {there[key]}, this run has {value}; DeepSpeed's shards cannot be cut"
+                f" anew: use {there[key]} again (checkpoints of engine megatron can change their layout)"
             )
     if not own and not config.checkpoint.trusted:
         raise CheckpointError(
-            f"{place}: DeepSpeed's files are full pickles, which run code when they are read, and this folder is not the"
-            " run's own; if you made them, set checkpoint.trusted: true"
+            f"{place}: DeepSpeed's files are full pickles, which run code when they are read, and this folder is not"
+            " the run's own; if you made them, set checkpoint.trusted: true"
         )
 
 
@@ -275,8 +276,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 def vet_torch_dist(folder: Path) -> None:
     """Raise CheckpointError unless every pickle in a torch_dist checkpoint holds data only.
 
-    Megatron-core and torch read the index and the pickled objects of such a checkpoint with full pickle. This reads both
-    first, restricted, so that what they read afterwards is known to be harmless. Tensors are weights_only in any case.
+    Megatron-core and torch read the index and the pickled objects of such a checkpoint with full pickle. This reads
+    both first, restricted, so that what they read afterwards is known to be harmless. Tensors are weights_only anyway.
     """
     index = folder / ".metadata"
     try:
@@ -304,8 +305,8 @@ def vet_torch_dist(folder: Path) -> None:
         RuntimeError,
     ) as e:
         raise CheckpointError(
-            f"checkpoint {folder}: not the plain data that fp4dist writes ({type(e).__name__}: {e}); it is damaged or made by"
-            " someone else: use another checkpoint"
+            f"checkpoint {folder}: not the plain data that fp4dist writes ({type(e).__name__}: {e}); it is damaged, or"
+            " made by someone else: use another checkpoint"
         ) from e
 
 
@@ -324,13 +325,13 @@ def _load_plain(data: bytes) -> Any:
 
 def random_states() -> dict[str, Any]:
     """Every random generator of this process, as tensors and plain numbers."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (str(kind), torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(gauss)),
+        "numpy": (str(kind), torch.tensor(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": dict(get_cuda_rng_tracker().get_states()),
+        "megatron": dict(_tracker().get_states()),
     }
 
 
@@ -343,4 +344,9 @@ def restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["megatron"])
+    _tracker().set_states(states["megatron"])
+
+
+def _tracker() -> Any:
+    """Megatron's named generators (tensor-parallel dropout draws from them)."""
+    return get_cuda_rng_tracker()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -140,6 +140,8 @@ def _check_made_so(prefix: str, plan: PrepareConfig) -> None:
     meta = read_meta(prefix)
     if meta is None:  # made by other tools
         return
+    if plan.tokenizer is not None and not find_file(plan.tokenizer).is_file():  # nor need the tokenizer's first copy
+        plan = replace(plan, tokenizer=str(Path(prefix).with_name(meta["tokenizer"])))
     made, asked = dict(meta["request"]), describe_request(plan)
     sources = [find_file(name) for name in plan.sources]
     if all(path.is_file() for path in sources):  # the raw text need not be kept

@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from fp4dist.megatron.upstream import parallel_state
 from fp4dist.train.data import Batch
 
 
@@ -67,6 +68,11 @@ class Engine(Protocol):
         ...
 
 
+def replicas() -> dist.ProcessGroup:
+    """The ranks that train on different samples (or, with context parallelism, parts of samples)."""
+    return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on `device`."""
     return Batch(*(getattr(batch, f.name).to(device, non_blocking=True) for f in fields(Batch)))
@@ -87,6 +93,32 @@ def global_mean(sums: Tensor, group: dist.ProcessGroup) -> tuple[float, int]:
     dist.all_reduce(sums, group=group)
     total, count = sums.tolist()
     return total / max(count, 1.0), round(count)
+
+
+class ReplicaWatch:
+    """Looks for non-finite gradients where a global norm does not look: at the copies of replicated parameters.
+
+    A gradient norm counts each parameter once, so on all tensor-parallel ranks but the first it leaves replicated
+    parameters out; a copy that went bad alone would be updated unseen. The model must not be wrapped yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._bad: Tensor | None = None
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            return
+        for parameter in model.parameters():
+            if not getattr(parameter, "tensor_model_parallel", False):
+                parameter.register_hook(self._look)
+
+    def _look(self, gradient: Tensor) -> None:
+        bad = ~gradient.isfinite().all()
+        self._bad = bad if self._bad is None else self._bad | bad
+
+    def found_bad(self) -> bool:
+        """Whether this rank saw one since the last call."""
+        found = self._bad is not None and bool(self._bad.item())
+        self._bad = None
+        return found
 
 
 def finite(*values: float) -> bool:

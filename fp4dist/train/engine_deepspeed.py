@@ -1,16 +1,18 @@
-"""DeepSpeed's engine over Megatron's GPTModel: ZeRO 0 to 3 for data parallelism, Megatron's groups for tensor parallelism.
+"""DeepSpeed's engine over Megatron's GPTModel: ZeRO 0 to 3 for data, Megatron's groups for tensor parallelism.
 
-What DeepSpeed does not know about Megatron is added here: an `mpu` over parallel_state, and the sum over tensor-parallel
-ranks of gradients that each rank has only a part of.
+What DeepSpeed does not know about Megatron is added here: an `mpu` over parallel_state, and the sum over
+tensor-parallel ranks of gradients that each rank has only a part of.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -25,7 +27,7 @@ from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
 from fp4dist.train.checkpoint import random_states, restore_random_states
 from fp4dist.train.data import Batch
-from fp4dist.train.engine import StepResult, finite, global_mean, masked_mean, on_device
+from fp4dist.train.engine import ReplicaWatch, StepResult, finite, global_mean, masked_mean, on_device, replicas
 from fp4dist.train.world import World
 
 _TAG = "deepspeed"
@@ -54,19 +56,19 @@ class Mpu:
 
     def get_model_parallel_rank(self) -> int:
         """Rank in the model-parallel group."""
-        return dist.get_rank(parallel_state.get_model_parallel_group())
+        return dist.get_rank(_one_replica())
 
     def get_model_parallel_world_size(self) -> int:
         """Ranks that share one replica of the model."""
-        return dist.get_world_size(parallel_state.get_model_parallel_group())
+        return dist.get_world_size(_one_replica())
 
     def get_model_parallel_src_rank(self) -> int:
         """Global rank of the first of them."""
-        return dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
+        return dist.get_process_group_ranks(_one_replica())[0]
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """Replicas, context parallelism included."""
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return replicas()
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Their global ranks."""
@@ -94,13 +96,14 @@ class DeepSpeedEngine:
             )
         self.config, self.world, self.applied = config, world, applied
         self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * world.dp_size)
-        self._group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._group = replicas()
         model = model.to(world.device)
         _sum_partial_gradients(model)
-        self._adamw = optim.make_adamw(model, config, world.device)
-        self._adamw.held = True  # some of DeepSpeed's optimizers take a step to make their state  # type: ignore[attr-defined]
+        self._watch = ReplicaWatch(model)
+        self._adamw: Any = optim.make_adamw(model, config, world.device)
+        self._adamw.held = True  # some of DeepSpeed's optimizers take a step to make their state
         self._engine, self._optimizer = _initialize(model, self._adamw, _settings(config, world, model, dtype))
-        self._adamw.held = False  # type: ignore[attr-defined]
+        self._adamw.held = False
         self._schedule = optim.make_schedule(self._optimizer, config)
         self.optimizer_name = f"{optim.describe(self._adamw)} under DeepSpeed ZeRO-{config.engine.zero_stage}"
 
@@ -156,14 +159,19 @@ class DeepSpeedEngine:
         return masked_mean(loss_BS.float(), batch.loss_mask)
 
     def _update(self, finite_loss: bool) -> tuple[float, bool]:
-        """(gradient norm, skipped). ZeRO looks at the norm by itself and drops the gradients when it is not finite; where it
-        does not, and for a loss that is not finite, AdamW is held while DeepSpeed goes through its step."""
+        """(gradient norm, skipped).
+
+        ZeRO looks at the norm by itself and drops the gradients when it is not finite; where it does not, and for a
+        loss that is not finite, AdamW is held while DeepSpeed goes through its step.
+        """
         plain = self._optimizer is self._adamw  # ZeRO 0 in fp32: DeepSpeed wraps nothing and tells no norm
         norm = self._full_norm() if plain else None
         held = not finite_loss or (norm is not None and not finite(norm))
-        self._adamw.held = held  # type: ignore[attr-defined]
+        if self.config.parallel.tp > 1:
+            held = self.world.any(self._watch.found_bad() or held)
+        self._adamw.held = held
         self._engine.step()
-        self._adamw.held = False  # type: ignore[attr-defined]
+        self._adamw.held = False
         if norm is None:
             norm = float(self._engine.get_global_grad_norm() or 0.0)
         return norm, held or not self._engine.was_step_applied()
@@ -179,8 +187,13 @@ class DeepSpeedEngine:
         square = torch.zeros((), dtype=torch.float32, device=self.world.device)
         if grads:
             square += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float()) ** 2
-        dist.all_reduce(square, group=parallel_state.get_model_parallel_group())
+        dist.all_reduce(square, group=_one_replica())
         return float(square.sqrt())
+
+
+def _one_replica() -> dist.ProcessGroup:
+    """The ranks that share one replica of the model."""
+    return cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())
 
 
 def _initialize(model: GPTModel, adamw: torch.optim.Optimizer, settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -190,7 +203,8 @@ def _initialize(model: GPTModel, adamw: torch.optim.Optimizer, settings: dict[st
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.ERROR)  # it warns that our AdamW is not a class it knows
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, mpu=Mpu())
+    with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory tables while it is built
+        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, mpu=Mpu())
     logger.setLevel(logging.WARNING)
     return engine, optimizer
 

@@ -1,7 +1,7 @@
 """Megatron's own engine: DistributedDataParallel, distributed optimizer, pipeline schedules, torch_dist checkpoints.
 
-Gradients accumulate and reduce in fp32, master weights and moments are fp32 and sharded over data-parallel ranks. With a
-pipeline the same schedule function runs 1F1B.
+Gradients accumulate and reduce in fp32, master weights and moments are fp32 and sharded over data-parallel ranks. With
+a pipeline the same schedule function runs 1F1B.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -23,14 +24,16 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
+from fp4dist.errors import CheckpointError
 from fp4dist.megatron.upstream import GPTModel, parallel_state
 from fp4dist.nn.apply import AppliedRecipe
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
 from fp4dist.train.checkpoint import random_states, restore_random_states, vet_torch_dist
 from fp4dist.train.data import Batch
-from fp4dist.train.engine import StepResult, finite, global_mean, masked_mean, on_device
+from fp4dist.train.engine import ReplicaWatch, StepResult, finite, global_mean, masked_mean, on_device, replicas
 from fp4dist.train.world import World
 
 log = logging.getLogger("fp4dist")
@@ -44,13 +47,14 @@ class MegatronEngine:
     ) -> None:
         self.config, self.world, self.applied = config, world, applied
         self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * world.dp_size)
+        self._watch = ReplicaWatch(model)
         self._chunk = _wrap(model, world)
         self._optimizer = _make_optimizer(self._chunk, config, dtype)
         self._schedule = optim.make_schedule(self._optimizer, config)
         self._run = get_forward_backward_func()
-        self._group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._group = replicas()
         self._last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
-        self._pipeline = parallel_state.get_pipeline_model_parallel_group()
+        self._pipeline = cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
         inner = [o.optimizer for o in self._optimizer.chained_optimizers if o.optimizer is not None]
         self.optimizer_name = f"{', '.join(map(optim.describe, inner))} under Megatron's DistributedOptimizer"
 
@@ -65,6 +69,8 @@ class MegatronEngine:
         self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         skipped = not finite(loss, norm)
+        if self.config.parallel.tp > 1:
+            skipped = self.world.any(self._watch.found_bad() or skipped)
         if skipped:
             self._optimizer.zero_grad()
         else:
@@ -87,13 +93,12 @@ class MegatronEngine:
         dist_checkpointing.save(self._sharded_state(is_loading=False, with_random=True), str(folder))
 
     def load(self, folder: Path, *, step: int, same_layout: bool) -> None:
-        """Read them back, into any tensor-, pipeline- and data-parallel layout; random states only into the same one."""
-        if self.world.is_first:
-            vet_torch_dist(folder)
+        """Read them back into any parallel layout; random states only into the same one."""
+        self.world.from_rank0(lambda: vet_torch_dist(folder))
         own = optim.own_settings(self._optimizer.param_groups)
         with torch.no_grad():  # fp32 master weights are views of the parameters, which are leaves
             wanted = self._sharded_state(is_loading=True, with_random=same_layout)
-            state: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))  # type: ignore[assignment]
+            state = _read(wanted, folder)
             self._chunk.module.load_state_dict(state["model"])
             parts = self._optimizer.chained_optimizers
             saved = state["optimizer"]
@@ -103,9 +108,7 @@ class MegatronEngine:
         if same_layout:
             restore_random_states(state["random"])
         else:
-            log.info(
-                "the parallel layout changed: random states start from run.seed (the quantizers' noise does not use them)"
-            )
+            log.info("the parallel layout changed: random states start from run.seed (quantization noise needs none)")
         optim.place_schedule(self._schedule, step)
 
     def close(self) -> None:
@@ -151,10 +154,12 @@ class MegatronEngine:
         self._optimizer.step_with_ready_grads()
 
     def _sharded_state(self, *, is_loading: bool, with_random: bool) -> dict[str, Any]:
-        """The state as Megatron's sharded state dict; optimizer tensors have the shape of their parameters, so that they can
-        be cut anew for another layout."""
+        """The state as Megatron's sharded state dict.
+
+        Optimizer tensors have the shape of their parameters, so that they can be cut anew for another layout.
+        """
         metadata = {"dp_cp_group": self._group, "distrib_optim_sharding_type": "fully_reshardable"}
-        model = self._chunk.module.sharded_state_dict(metadata=metadata)
+        model = cast(GPTModel, self._chunk.module).sharded_state_dict(metadata=metadata)
         state = {
             "model": model,
             "optimizer": self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
@@ -200,7 +205,7 @@ def _make_optimizer(chunk: DistributedDataParallel, config: RunConfig, dtype: to
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(settings, [chunk], use_gloo_process_groups=False)
+    optimizer: Any = get_megatron_optimizer(settings, [chunk], use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:
             optim.use_fused_step(part.optimizer)
@@ -208,12 +213,21 @@ def _make_optimizer(chunk: DistributedDataParallel, config: RunConfig, dtype: to
     return optimizer
 
 
+def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """dist_checkpointing.load with its ways to fail as ours."""
+    try:
+        return cast("dict[str, Any]", dist_checkpointing.load(wanted, str(folder)))
+    except (CheckpointingException, CheckpointException, OSError) as e:
+        raise CheckpointError(f"checkpoint {folder}: cannot be read ({e}); use another checkpoint") from e
+
+
 def _restore_part(part: Any, state: dict[str, Any]) -> None:
     """Load one DistributedOptimizer.
 
-    Its own load_state_dict does not know torch's AdamW here (megatron-core 0.16 to 0.20): it looks for `step` among the
-    reshardable tensors, where it is not, and gives all parameters one and the same `step` tensor, which each parameter's
-    update would then advance. So `step` stays out of the way while the tensors are read, and comes back as copies.
+    Its own load_state_dict does not know torch's AdamW here (megatron-core 0.16 to 0.20): it looks for `step` among
+    the reshardable tensors, where it is not, and gives all parameters one and the same `step` tensor, which each
+    parameter's update would then advance. So `step` stays out of the way while the tensors are read, and comes back as
+    copies.
     """
     tensors = state.pop("param_state")
     state.pop("param_state_sharding_type")

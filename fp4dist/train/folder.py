@@ -43,7 +43,7 @@ class RunFolder:
         if not self.config.exists():
             if self.checkpoints.exists() or self.metrics.exists():
                 raise ConfigError(
-                    f"run.dir = {self.path}: it holds a run without its config.resolved.yaml; remove it or set run.dir"
+                    f"run.dir = {self.path}: it holds a run without {self.config.name}; remove it or set run.dir"
                 )
             return
         text = self.config.read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ class RunFolder:
             )
 
     def claim(self, config: RunConfig) -> None:
-        """Make the folder this run's. Done when all else is ready, so that a start that fails leaves no claim behind."""
+        """Make the folder this run's; called when all else is ready, so that a failed start leaves no claim behind."""
         self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
         self._write(config)  # anew in a continuation too: logging, checkpoint and backend may have changed

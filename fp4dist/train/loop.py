@@ -3,9 +3,9 @@
     run(config)       train, or go on where the run folder's newest checkpoint is
     dry_run(config)   what would be trained: configuration, layer table, parameters, memory; needs no GPU and no groups
 
-The step number is the state of everything that is not in a tensor: learning rate, order of samples and quantization noise
-are functions of it. Step s (from 1) trains on samples [(s-1) * global batch, s * global batch); the noise clock counts the
-updates that the weights have behind them, s - 1, so that weights quantized once serve an evaluation and the next step.
+The step number is the state of everything that is not in a tensor: learning rate, order of samples and quantization
+noise are functions of it. Step s (from 1) trains on samples [(s-1) * global batch, s * global batch); the noise clock
+counts the updates that the weights have behind them, s - 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -78,7 +78,7 @@ def run(config: RunConfig) -> RunSummary:
     """
     check_packages(config)
     config = resolve_dtype(config)
-    with _without_known_warnings(), open_world(config) as world, _named_out_of_memory(config, world.dp_size):
+    with _without_known_warnings(), _named_out_of_memory(config), open_world(config) as world:
         training = _Training(config, world)
         try:
             return training.run()
@@ -151,6 +151,9 @@ class _Training:
         self.engine: Engine | None = None
         self._signalled = False
         self._streak = self._skipped = 0  # skipped steps: in a row, in all
+        self._flops = flops_per_token(config.model)
+        on_gpu = world.device.type == "cuda"
+        self._peak = peak_tflops(config, torch.cuda.get_device_name(world.device) if on_gpu else "")
         self._speeds: list[float] = []
         self._val_losses: list[tuple[int, float]] = []
 
@@ -195,7 +198,8 @@ class _Training:
         checkpoint.check_fits(folder, manifest, config, dp=self.world.dp_size, own=own)
         if manifest.step > config.train.steps:
             raise CheckpointError(
-                f"checkpoint {folder}: it is at step {manifest.step}, beyond train.steps = {config.train.steps}; raise it"
+                f"checkpoint {folder}: it is at step {manifest.step}, beyond train.steps = {config.train.steps};"
+                " raise train.steps"
             )
         return _Start(folder, manifest, own)
 
@@ -327,9 +331,10 @@ class _Training:
         good = self.world.from_rank0(self.store.last_good)
         kept = f"the last good checkpoint is {good}" if good else "no checkpoint was written before (checkpoint.every)"
         raise TrainingDiverged(
-            f"step {step}: loss or gradient was not finite for {self._streak} steps in a row (train.max_nonfinite_steps ="
-            f" {limit}); {kept}. Lower optim.lr or optim.clip_grad, or look at the data from sample"
-            f" {(step - self._streak) * self.config.train.global_batch_size} on; then start from it with checkpoint.load"
+            f"step {step}: loss or gradient was not finite for {self._streak} steps in a row"
+            f" (train.max_nonfinite_steps = {limit}); {kept}. Lower optim.lr or optim.clip_grad, or look at the data"
+            f" from sample {(step - self._streak) * self.config.train.global_batch_size} on; then go on from there"
+            " (checkpoint.load)"
         )
 
     # -- writing
@@ -337,9 +342,7 @@ class _Training:
     def _record(self, step: int, result: StepResult, seconds: float, val_loss: float | None) -> Record:
         speed = _step_tokens(self.config) / seconds
         self._speeds.append(speed)
-        tflops = flops_per_token(self.config.model) * speed / self.world.size / 1e12
-        on_gpu = self.world.device.type == "cuda"
-        peak = peak_tflops(self.config, torch.cuda.get_device_name() if on_gpu else "")
+        tflops = self._flops * speed / self.world.size / 1e12
         return Record(
             step=step,
             loss=result.loss,
@@ -347,7 +350,7 @@ class _Training:
             grad_norm=result.grad_norm,
             tokens_per_s=speed,
             tflops=tflops,
-            mfu=tflops / peak if peak else None,
+            mfu=tflops / self._peak if self._peak else None,
             val_loss=val_loss,
             seconds=seconds,
             skipped=result.skipped,
@@ -410,7 +413,7 @@ def _build(config: RunConfig, world: World) -> tuple[Engine, AppliedRecipe]:
         seed=config.run.seed,
         backend=config.backend,
         sites=None if whole else gpt_sites(config.model),
-        layer_offset=model.decoder.layers[0].layer_number - 1,
+        layer_offset=cast(Any, model.decoder).layers[0].layer_number - 1,
         tokens=_tokens(config),
     )
     applied.clock.cache_weights = True  # weights change only between steps
@@ -457,20 +460,26 @@ def _without_known_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"Please use DTensor instead", FutureWarning)
         yield
 
 
 @contextmanager
-def _named_out_of_memory(config: RunConfig, dp: int) -> Iterator[None]:
-    """Say which buffers fill the GPU instead of which allocation happened to be the last."""
+def _named_out_of_memory(config: RunConfig) -> Iterator[None]:
+    """Say which buffers fill the GPU instead of which allocation happened to be the last.
+
+    Outside of the world: other ranks may not run out, and taking down groups that they use would hang.
+    """
     try:
         yield
     except torch.cuda.OutOfMemoryError as e:
+        dp = check_sizes(config, env.world_size())
         needed = memory.estimate(config, dp, element=_DTYPES[config.train.dtype].itemsize)
         buffers = ", ".join(f"{name} {memory.readable(size)}" for name, size in needed.largest())
         total = memory.readable(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
         raise ConfigError(
-            f"train.micro_batch_size = {config.train.micro_batch_size}: out of GPU memory ({total}); estimated for this rank:"
-            f" {buffers}. Ways out: a smaller train.micro_batch_size (global_batch_size may stay), parallel.tp or more"
-            f" data-parallel ranks, engine.kind: deepspeed with a higher engine.zero_stage. ({str(e).splitlines()[0]})"
+            f"train.micro_batch_size = {config.train.micro_batch_size}: out of GPU memory ({total}); estimated for this"
+            f" rank: {buffers}. Ways out: a smaller train.micro_batch_size (global_batch_size may stay), parallel.tp or"
+            " more data-parallel ranks, engine.kind: deepspeed with a higher engine.zero_stage."
+            f" ({str(e).splitlines()[0]})"
         ) from e

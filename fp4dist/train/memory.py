@@ -1,7 +1,7 @@
 """How much memory a run needs on one rank, from its configuration alone: for dry runs and for out-of-memory errors.
 
-A model of the large buffers, not of everything: the allocator's fragments, kernels' workspaces and NCCL's buffers come on
-top (1 to 3 GB on a GPU), and FP4 codes kept for backward make the activations smaller than said here.
+A model of the large buffers, not of everything: the allocator's fragments, kernels' workspaces and NCCL's buffers come
+on top (1 to 3 GB on a GPU), and FP4 codes kept for backward make the activations smaller than said here.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def estimate(config: RunConfig, dp: int, *, element: int) -> MemoryEstimate:
 
 
 def _parameters_per_rank(config: RunConfig) -> int:
-    """Parameters of the fullest stage: its share of the blocks, and the embedding or the head (both without a pipeline)."""
+    """Parameters of the fullest stage: its share of the blocks, and embedding or head (both without a pipeline)."""
     model, p = config.model, config.parallel
     blocks = sum(s.in_features * s.out_features for s in gpt_sites(model) if s.role in BLOCK_ROLES)
     table = model.vocab_size * model.hidden_size
@@ -88,7 +88,8 @@ def _states(config: RunConfig, count: int, dp: int, element: int) -> tuple[int, 
 
     Optimizer: two fp32 moments, and an fp32 master copy where the weights are not fp32 themselves.
     Megatron: gradients in one fp32 buffer, optimizer state cut over data-parallel ranks.
-    DeepSpeed: ZeRO 1 cuts the optimizer state, 2 also the gradients, 3 also the weights; bf16 gradients have an fp32 sum.
+    DeepSpeed: ZeRO 1 cuts the optimizer state, 2 also the gradients, 3 also the weights; bf16 gradients are summed in a
+    second buffer, in fp32.
     """
     moments = 2 * _FP32 * count + (_FP32 * count if element < _FP32 else 0)
     if config.engine.kind == "megatron":

@@ -1,7 +1,7 @@
 """Numbers of a run: one record a step, written to as many sinks as the run has.
 
-metrics.jsonl is always there: one JSON object a line with step, loss, lr, grad_norm, tokens_per_s, and val_loss where the
-model was evaluated. A number that is not finite is null, and a skipped step says `"skipped": true`.
+metrics.jsonl is always there: one JSON object a line with step, loss, lr, grad_norm, tokens_per_s, and val_loss where
+the model was evaluated. A number that is not finite is null, and a skipped step says `"skipped": true`.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class ConsoleSink:
             parts.append(f"{r.tokens_per_s or 0:,.0f} tokens/s")
         if r.tflops is not None:
             parts.append(f"{r.tflops:.2f} TFLOP/s" + (f" (MFU {r.mfu:.1%})" if r.mfu is not None else ""))
-        if self._pace and r.step < self._steps:
+        if len(self._pace) > 2 and r.step < self._steps:  # the first step compiles, loads and allocates
             parts.append(f"ETA {_clock((self._steps - r.step) * sorted(self._pace)[len(self._pace) // 2])}")
         if r.val_loss is not None:
             parts.append(f"validation loss {r.val_loss:.4f}")

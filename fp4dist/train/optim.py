@@ -55,7 +55,7 @@ def make_adamw(model: nn.Module, config: RunConfig, device: torch.device) -> tor
     if device.type == "cuda" and has_nvidia_apex():
         from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
 
-        cls = type("HeldFusedAdam", (HoldMixin, FusedAdam), {})
+        cls: Any = type("HeldFusedAdam", (HoldMixin, FusedAdam), {})
         return cls(groups, adam_w_mode=True, **options)
     return HeldAdamW(groups, fused=True, **options)
 

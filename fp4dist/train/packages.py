@@ -1,7 +1,7 @@
 """The packages a run needs, checked by what is in them before anything imports them.
 
-PyPI has a package named `apex` that is a web framework, not NVIDIA's; Megatron-core and DeepSpeed would import it. NVIDIA's
-is told by its content.
+PyPI has a package named `apex` that is not NVIDIA's; Megatron-core and DeepSpeed would import it. NVIDIA's is told by
+its content.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def has_nvidia_apex() -> bool:
         return False
     if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
         raise DependencyError(
-            f"apex: {folders[0]} is PyPI's unrelated package of that name, which Megatron-core and DeepSpeed would import"
-            " as NVIDIA's; pip uninstall apex (fp4dist then uses torch's fused AdamW), or build NVIDIA's from"
+            f"apex: {folders[0]} is PyPI's unrelated package of that name, which Megatron-core and DeepSpeed would"
+            " import as NVIDIA's; pip uninstall apex (fp4dist then uses torch's fused AdamW), or build NVIDIA's from"
             " https://github.com/NVIDIA/apex"
         )
     return util.find_spec("amp_C") is not None

@@ -263,9 +263,7 @@ class _Part:
         return f"{self.stem}.{side}"
 
 
-def _part_stems(
-    request: dict[str, Any], sources: Sequence[Source], tokenizer: TextTokenizer, work: Path
-) -> list[Path]:
+def _part_stems(request: dict[str, Any], sources: Sequence[Source], tokenizer: TextTokenizer, work: Path) -> list[Path]:
     """Where the part of each source goes: the same source with the same tokenizer and options has the same name."""
     same = {**request, "tokenizer": tokenizer.sha256}
     keys = [_digest({"request": same, "source": s.sha256, "suffixes": s.path.suffixes}) for s in sources]

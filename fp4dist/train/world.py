@@ -71,7 +71,7 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            self.any(False)  # unlike dist.barrier it names the device, so NCCL need not guess
 
 
 def check_sizes(config: RunConfig, world_size: int) -> int:
@@ -92,8 +92,9 @@ def check_sizes(config: RunConfig, world_size: int) -> int:
     t = config.train
     if t.global_batch_size % (t.micro_batch_size * dp):
         raise ConfigError(
-            f"train.global_batch_size = {t.global_batch_size} is not a multiple of train.micro_batch_size * data parallel ="
-            f" {t.micro_batch_size} * {dp} = {t.micro_batch_size * dp}; all ranks run equally many micro-batches: change one"
+            f"train.global_batch_size = {t.global_batch_size} is not a multiple of"
+            f" train.micro_batch_size * data parallel = {t.micro_batch_size} * {dp} = {t.micro_batch_size * dp};"
+            " all ranks run equally many micro-batches: change one of them or the number of processes"
         )
     return dp
 
@@ -110,7 +111,7 @@ def open_world(config: RunConfig) -> Iterator[World]:
     mine = not dist.is_initialized()
     if mine:
         env.ensure_launch_variables()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, **_binding(device))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         _set_threads(device)
         yield _megatron_groups(config, device, dp)
@@ -120,23 +121,18 @@ def open_world(config: RunConfig) -> Iterator[World]:
     _close(mine)
 
 
-def _binding(device: torch.device) -> dict[str, torch.device]:
-    """Bind NCCL to the device now, so that no barrier has to guess it."""
-    return {"device_id": device} if device.type == "cuda" else {}
-
-
 def _device(config: RunConfig) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if config.parallel.tp > 1 and env.serialize_device_queues():
         log.info("CUDA_DEVICE_MAX_CONNECTIONS=1 is set: tensor-parallel collectives start in the order of their launch")
-    index, count = env.local_rank(), torch.cuda.device_count()
-    if index >= count:
+    ranks, count = max(env.local_world_size(), env.local_rank() + 1), torch.cuda.device_count()
+    if ranks > count:
         raise ConfigError(
-            f"LOCAL_RANK = {index}, but this host shows {count} GPUs; start at most {count} processes here"
+            f"{ranks} processes on this host, which shows {count} GPUs; start at most {count} here"
             " (--num_gpus or --nproc-per-node)"
         )
-    device = torch.device("cuda", index)
+    device = torch.device("cuda", env.local_rank())
     torch.cuda.set_device(device)
     return device
 

@@ -59,7 +59,7 @@ def test_monte_carlo_table(name: str) -> None:
 
 
 def concentration(name: str, x: torch.Tensor, draws: int) -> float:
-    """draws * err(mean of draws) / err(1): 1 for an unbiased quantizer, growing with draws for a biased one."""
+    """Draws * err(mean of draws) / err(1): 1 for an unbiased quantizer, growing with draws for a biased one."""
     s, total, single = spec(name), torch.zeros_like(x, dtype=torch.float64), 0.0
     for step in range(draws):
         key = Key(seed=3, layer=9, step=step, slot=4)
@@ -90,7 +90,9 @@ def test_biased_quantizers_show_their_bias(name: str, at_least: float) -> None:
 def test_stochastic_mean_is_within_five_sigma_of_every_element() -> None:
     x, s, draws = normal(16, 64), spec("nvfp4_sr"), 1024
     q = quantize(x, s, Key())
-    step_bound = carrier(replace(q, codes=torch.full_like(q.codes, 0x22))) * q.global_scale * 2  # scale x 2: widest step
+    step_bound = (
+        carrier(replace(q, codes=torch.full_like(q.codes, 0x22))) * q.global_scale * 2
+    )  # scale x 2: widest step
     total = torch.zeros_like(x, dtype=torch.float64)
     for step in range(draws):
         total += dequantize(quantize(x, s, Key(seed=1, step=step))).double()
@@ -120,7 +122,10 @@ def test_shards_equal_the_whole(name: str) -> None:
         expected = BlockScaledTensor(
             whole.codes[r : r + 32, c // 2 : (c + 256) // 2],
             whole.scales[r // br : (r + 32) // br, c // bc : (c + 256) // bc],
-            whole.global_scale, whole.format, whole.block, whole.rotation,
+            whole.global_scale,
+            whole.format,
+            whole.block,
+            whole.rotation,
         )
         assert_same_bits(part, expected)
 
@@ -192,7 +197,15 @@ def test_errors_name_shape_and_rule() -> None:
         quantize(torch.zeros(32, 100), spec("eden"), Key())
     with pytest.raises(ValueError, match="expected a matrix"):
         quantize(torch.zeros(2, 2, 16), spec("nvfp4"))
-    with pytest.raises(ValueError, match="expected bf16 or fp32, got torch.float64"):
+    with pytest.raises(ValueError, match=r"expected bf16 or fp32, got torch\.float64"):
         quantize(torch.zeros(2, 16, dtype=torch.float64), spec("nvfp4"))
     with pytest.raises(ValueError, match="pass a key"):
         quantize(torch.zeros(16, 16), spec("nvfp4_sr"))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_46", "eden", "mxfp4_34_sr"])
+def test_a_parameter_can_be_quantized_and_carries_no_gradient(name: str) -> None:
+    weight = torch.nn.Parameter(normal(32, 128))
+    quantized = quantize(weight, spec(name), Key())
+    assert not dequantize(quantized).requires_grad
+    assert_same_bits(quantized, quantize(weight.detach(), spec(name), Key()))

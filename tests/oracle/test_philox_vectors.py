@@ -64,8 +64,10 @@ def test_a_shard_draws_its_part_of_the_global_noise() -> None:
 
 def test_signs_are_shared_by_a_gemm_and_fresh_for_everything_else() -> None:
     base = Key(seed=1, layer=1, step=1, micro_batch=1, slot=2)
-    signs = [random_signs(128, Key(**{**_fields(base), **change}).signs(), torch.device("cpu")) for change in
-             ({}, {"slot": 3}, {"slot": 4}, {"step": 2}, {"micro_batch": 2}, {"layer": 2}, {"seed": 2})]
+    signs = [
+        random_signs(128, Key(**{**_fields(base), **change}).signs(), torch.device("cpu"))
+        for change in ({}, {"slot": 3}, {"slot": 4}, {"step": 2}, {"micro_batch": 2}, {"layer": 2}, {"seed": 2})
+    ]
     assert torch.equal(signs[0], signs[1])  # both operands of dgrad
     for other in signs[2:]:
         assert not torch.equal(signs[0], other)

@@ -1,7 +1,8 @@
 """NVFP4 codes and scales against Transformer Engine's formulas, re-derived here in numpy fp32 scalar arithmetic order.
 
-S_enc = min(2688 / amax, FLT_MAX); s = e4m3(min(amax_b * (S_enc * (1/6)), 448)); enc = min(1 / (s * (1/S_enc)), FLT_MAX);
-q = e2m1(clamp(x * enc, -6, 6)). E2M1 and E4M3 casts are ml_dtypes', so nothing of ours is used on the oracle's side.
+S_enc = min(2688 / amax, FLT_MAX); s = e4m3(min(amax_b * (S_enc * (1/6)), 448));
+enc = min(1 / (s * (1/S_enc)), FLT_MAX); q = e2m1(clamp(x * enc, -6, 6)).
+E2M1 and E4M3 casts are ml_dtypes', so nothing of ours is used on the oracle's side.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 from fp4dist.numerics import quantize
 from fp4dist.numerics.codes import unpack

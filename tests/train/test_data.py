@@ -308,6 +308,21 @@ def test_missing_files_are_prepared_once(tmp_path: Path, monkeypatch: pytest.Mon
     ensure_prepared(config)  # the raw text need not be kept
 
 
+def test_neither_text_nor_tokenizer_need_be_kept(tmp_path: Path) -> None:
+    source = words(tmp_path / "words.txt")
+    ensure_prepared(prepared_config(tmp_path, source))
+    tokenizer = (tmp_path / "data" / "words.tokenizer.json").rename(tmp_path / "tokenizer.json")
+    for path in (tmp_path / "data").iterdir():
+        path.unlink()
+    config = prepared_config(tmp_path, source, tokenizer=str(tokenizer))
+    ensure_prepared(config)
+    Path(source).unlink()
+    tokenizer.unlink()
+    ensure_prepared(config)
+    with pytest.raises(DataError, match=r"valid_fraction = 0\.3, but data\.prepare asks for 0\.4"):
+        ensure_prepared(prepared_config(tmp_path, source, tokenizer=str(tokenizer), valid_fraction=0.4))
+
+
 def test_files_of_another_plan_are_refused(tmp_path: Path) -> None:
     source = words(tmp_path / "words.txt")
     ensure_prepared(prepared_config(tmp_path, source))

@@ -1,0 +1,90 @@
+"""The memory model against sums made by hand, and the dry run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fp4dist.errors import ConfigError, RecipeMismatch
+from fp4dist.megatron.sites import count_parameters
+from fp4dist.spec.load import load_run, shipped
+from fp4dist.spec.run import RunConfig
+from fp4dist.train.loop import dry_run
+from fp4dist.train.memory import estimate, readable
+from tests.train.tiny_run import FP4, tiny_run, with_overrides
+
+BLOCKS = 2 * (128 * 64 + 64 * 64 + 256 * 64 + 64 * 128)
+TABLES = 2 * 128 * 64
+NORMS = 5 * 64
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return tiny_run(tmp_path)
+
+
+def test_one_rank_holds_every_parameter(config: RunConfig) -> None:
+    needed = estimate(config, 1, element=4)
+    assert needed.parameters == count_parameters(config.model) == BLOCKS + TABLES + NORMS
+    assert (needed.weights, needed.gradients, needed.optimizer) == tuple(b * needed.parameters for b in (4, 4, 8))
+    assert needed.logits == 2 * 32 * 128 * 8
+    tokens, per_layer = 2 * 32, 4 * 64 + (2 * 64 + 2 * 32) + 3 * 128
+    assert needed.activations == 4 * tokens * 2 * per_layer
+    assert needed.total == sum(size for _, size in needed.largest())
+
+
+def test_bf16_has_a_master_copy_and_data_parallelism_cuts_it(config: RunConfig) -> None:
+    one, four = (estimate(config, dp, element=2) for dp in (1, 4))
+    assert (one.weights, one.gradients, one.optimizer) == tuple(b * one.parameters for b in (2, 4, 12))
+    assert four.optimizer == one.optimizer // 4
+    assert (four.weights, four.gradients) == (one.weights, one.gradients)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"), [(0, 2, 6, 12), (1, 2, 6, 3), (2, 2, 1.5, 3), (3, 0.5, 1.5, 3)]
+)
+def test_zero_stages(config: RunConfig, stage: int, weights: float, gradients: float, optimizer: float) -> None:
+    needed = estimate(with_overrides(config, "engine", kind="deepspeed", zero_stage=stage), 4, element=2)
+    for found, bytes_each in ((needed.weights, weights), (needed.gradients, gradients), (needed.optimizer, optimizer)):
+        assert found == int(bytes_each * needed.parameters)
+
+
+def test_tensor_and_pipeline_parallelism_cut_the_blocks(config: RunConfig) -> None:
+    cut = with_overrides(config, "parallel", tp=2, pp=2)
+    assert estimate(cut, 1, element=4).parameters == BLOCKS // 4 + TABLES // 2 // 2 + NORMS // 2
+    whole, split = (
+        estimate(with_overrides(config, "parallel", tp=2, sequence_parallel=s), 1, element=4).activations
+        for s in (False, True)
+    )
+    assert split < whole < estimate(config, 1, element=4).activations
+
+
+def test_sizes_for_people() -> None:
+    assert readable(3 * 2**20) == "3 MiB"
+    assert readable(5 * 2**29) == "2.50 GiB"
+
+
+def test_a_dry_run_needs_no_process_group(config: RunConfig, tmp_path: Path) -> None:
+    text = dry_run(tiny_run(tmp_path, f"recipe={FP4}", "train.dtype=auto"))
+    for part in ("resolved configuration", "num_layers: 2", "linear_fc1", "nvfp4 1x16", "memory of that rank"):
+        assert part in text
+    assert f"parameters: {count_parameters(config.model):,} (tiny)" in text
+    assert "dtype: auto" not in text
+    assert not (tmp_path / "run").exists(), "nothing is written"
+
+
+def test_a_dry_run_finds_what_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(RecipeMismatch, match="128"):
+        dry_run(tiny_run(tmp_path, "recipe=quartet2"))
+    with pytest.raises(ConfigError, match="WORLD_SIZE = 1"):
+        dry_run(tiny_run(tmp_path, "parallel.tp=2"))
+    with pytest.raises(ConfigError, match=r"parallel\.cp = 2"):
+        dry_run(tiny_run(tmp_path, "parallel.cp=2"))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "llama_124m", "llama_350m"])
+@pytest.mark.parametrize("recipe", ["bf16", FP4, "quartet2"])
+def test_every_shipped_run_fits_its_recipes(name: str, recipe: str) -> None:
+    assert name in shipped("runs")
+    assert "total" in dry_run(load_run(name, [f"recipe={recipe}"]))
