@@ -44,6 +44,8 @@ def build(tp: Any, value: Any, path: str = "") -> Any:
         return _dataclass(typing.cast(type, tp), value, path)
     if tp is float:
         return _float(value, path)
+    if tp is str and type(value) in (int, float):
+        raise _error(path, f"expected str, got {value!r}; write it in quotes")
     if tp is not Any and type(value) is not tp:
         raise _error(path, f"expected {getattr(tp, '__name__', tp)}, got {value!r} ({type(value).__name__})")
     return value

@@ -51,7 +51,7 @@ def test_integers_are_not_guessed(given: Any, kind: str) -> None:
 
 def test_strings_and_booleans_are_not_guessed() -> None:
     assert refusal(ParallelConfig, {"sequence_parallel": 1}) == "sequence_parallel: expected bool, got 1 (int)"
-    assert refusal(Rule, {"linear": 7}) == "linear: expected str, got 7 (int)"
+    assert refusal(Rule, {"linear": 7}) == "linear: expected str, got 7; write it in quotes"
 
 
 def test_unknown_keys_come_with_path_and_suggestion() -> None:
@@ -135,7 +135,7 @@ def test_names_and_shorthands() -> None:
 
 def test_mappings() -> None:
     assert refusal(Recipe, {"name": "r", "linears": ["fp4"]}) == "linears: expected a mapping, got ['fp4']"
-    assert refusal(Recipe, {"name": "r", "linears": {4: {}}}) == "linears.4: expected str, got 4 (int)"
+    assert refusal(Recipe, {"name": "r", "linears": {4: {}}}) == "linears.4: expected str, got 4; write it in quotes"
     assert refusal(Recipe, "quartet") == "expected a mapping for Recipe, got 'quartet'"
     assert refusal(LinearRecipe, {"fprop": None}) == "fprop: expected a mapping for Fprop, got None"
 

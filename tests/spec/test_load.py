@@ -224,7 +224,7 @@ def build_rule(kind: str, **fields: float) -> Any:
 
 
 def test_null_removes_a_block(tmp_path: Path) -> None:
-    off = "{rotation: null}"
+    off = "{rotation: null, allow_bias: true}"
     text = f"extends: quartet2\nlinears: {{fp4: {{wgrad: {{dy: {off}, x: {off}}}}}}}\n"
     wgrad = load_recipe(write(tmp_path, "mine.yaml", text)).linears["fp4"].wgrad
     assert wgrad.dy is not None

@@ -78,6 +78,13 @@ def test_fractions_of_a_file_are_exact_enough() -> None:
         assert build(QuantSpec, data).draws_noise
 
 
+@pytest.mark.parametrize("rotation", [None, Hadamard(size=16, signs="fixed"), Hadamard(size=128, signs="none")])
+def test_eden_needs_a_fresh_rotation(rotation: Hadamard | None) -> None:
+    with pytest.raises(ValueError, match="eden is unbiased only under a fresh rotation"):
+        spec(rounding=Eden(), rotation=rotation)
+    assert spec(rounding=Eden(), rotation=rotation, allow_bias=True).draws_noise
+
+
 def test_eden_chooses_its_own_scale() -> None:
     rotation = Hadamard(size=128, signs="fresh")
     assert spec(rounding=Eden(), rotation=rotation).draws_noise
@@ -118,7 +125,7 @@ def test_deterministic_means_neither_noise_nor_fresh_signs() -> None:
     assert NV.is_deterministic
     assert spec(rotation=Hadamard()).is_deterministic
     assert not spec(rotation=Hadamard(signs="fresh")).is_deterministic
-    assert not spec(rounding=Eden()).is_deterministic
+    assert not spec(rounding=Eden(), allow_bias=True).is_deterministic
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ def test_deterministic_means_neither_noise_nor_fresh_signs() -> None:
         ({"scale": FourOverSix(headroom=17 / 16, budget=448)}, "nvfp4 1x16 4/6 17/16 max448"),
         ({"format": MXFP4, "scale": Floor(headroom=4 / 3)}, "mxfp4 1x32 4/3"),
         ({"rounding": Eden(), "rotation": Hadamard(size=128, signs="fresh")}, "nvfp4 1x16 eden rht*128"),
-        ({"rounding": Eden(align="pre"), "rotation": Hadamard()}, "nvfp4 1x16 eden(pre) rht16"),
+        ({"rounding": Eden(align="pre"), "rotation": Hadamard(), "allow_bias": True}, "nvfp4 1x16 eden(pre) rht16"),
         ({"rotation": Hadamard(signs="none"), "source": "requant"}, "nvfp4 1x16 had16 requant"),
         ({"format": MXFP4, "scale": Ceil()}, "mxfp4 1x32 ceil"),
     ],

@@ -1,7 +1,8 @@
 """Operators of the compiled extension: registration, what they need of a device, shapes for tracing.
 
-Import this module only after the extension has loaded (the package's `__init__` does). Checks of shape, type and layout
-are at the door in csrc/bindings.cpp, so that every caller meets them.
+Import this module only after the extension has loaded (the package's `__init__` does). Shape, type and layout are checked
+here; csrc/bindings.cpp repeats the checks for callers of torch.ops, but where the extension was built by another compiler
+than torch (seen on one machine) its C++ exceptions end the process instead of becoming Python's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,26 @@ def amax(x: Tensor) -> Tensor:
 
     Guarantee: the bits of x.abs().amax().float() (the payload of a NaN excepted), the same on every call.
     """
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"amax: x.dtype = {x.dtype} must be bfloat16, float16 or float32")
+    if x.numel() == 0:
+        raise ValueError(f"amax: x of shape {list(x.shape)} is empty; a maximum needs an element")
+    if not _is_dense(x):
+        raise ValueError(
+            f"amax: x of shape {list(x.shape)} and strides {list(x.stride())} has gaps or overlaps;"
+            " call x.contiguous() first"
+        )
     return torch.ops.fp4dist.amax(x)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether x fills a stretch of memory, in any order of its dimensions: a maximum reads it as it lies."""
+    expected = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(x.stride(), x.shape, strict=True) if sz > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 @torch.library.register_fake("fp4dist::amax")

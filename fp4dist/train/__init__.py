@@ -1,0 +1,1 @@
+"""The program: data, engines, checkpoints, metrics and the loop that joins them."""
