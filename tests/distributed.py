@@ -18,6 +18,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import tempfile
 import time
@@ -67,9 +68,7 @@ def run_ranks(
             return _collect(ranks, timeout, getattr(fn, "__name__", str(fn)))
         finally:
             for process, _ in ranks:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+                _end(process)
 
 
 def free_port() -> int:
@@ -114,6 +113,14 @@ def _start(rank: int, fn: Callable[..., Any], args: tuple[Any, ...], env: dict[s
     return process, ours
 
 
+def _end(process: Any) -> None:
+    """Let a rank that has answered exit, then kill its whole process group: Megatron's checkpoint writer is its child."""
+    process.join(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
 def _context() -> Any:
     """The forkserver context; its server is started without GPUs, which its children then cannot see either."""
     context = multiprocessing.get_context("forkserver")
@@ -132,6 +139,7 @@ def _context() -> Any:
 
 def _main(pipe: connection.Connection, work: bytes, env: dict[str, str], store: str | None) -> None:
     """One rank: set up, run, send ("done", result) or ("failed", traceback, exception)."""
+    os.setsid()  # a process group of its own, see _end
     os.environ.update(env)
     torch.set_num_threads(1)
     try:

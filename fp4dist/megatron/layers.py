@@ -28,12 +28,14 @@ class TpComm:
     split               O for column-parallel, I for row-parallel
     sequence_parallel   the input is this rank's part of the tokens, and so is the input gradient
     allreduce_dgrad     the input gradient is a partial sum to be all-reduced
+    pieces              Megatron's `partition_stride`: 2 where each rank holds its parts of SwiGLU's gate and up
     """
 
     split: Dim | None
     group: Any
     sequence_parallel: bool = False
     allreduce_dgrad: bool = False
+    pieces: int = 1
 
     @property
     def rank(self) -> int:
@@ -120,6 +122,7 @@ class Fp4ColumnParallelLinear(_Planned, ColumnParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.comm = TpComm("O", None if self.explicit_expert_comm else self.tp_group)
+        self.comm.pieces = getattr(self.weight, "partition_stride", 1)  # a tied head has no weight of its own
 
 
 class Fp4RowParallelLinear(_Planned, RowParallelLinear):

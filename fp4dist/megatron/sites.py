@@ -31,6 +31,7 @@ def gpt_sites(model: ModelConfig) -> list[LinearSite]:
             layer=layer,
             in_features=in_features,
             out_features=out_features,
+            pieces=2 if role == "fc1" else 1,
         )
         for layer in range(model.num_layers)
         for name, role, in_features, out_features in shapes

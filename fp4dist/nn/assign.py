@@ -85,8 +85,10 @@ def check_shapes(site: LinearSite, recipe: LinearRecipe, *, tokens: int | None, 
         for dim, multiple in zip(SLOT_DIMS[slot], (spec.shape[0], spec.columns_multiple), strict=True):
             size = sizes[dim]
             ranks = tp if dim == site.split else 1
-            if size is not None and size % (multiple * ranks):
-                split = f" / tp {ranks} = {size / ranks:g}" if ranks > 1 else ""
+            pieces = site.pieces if ranks > 1 and dim == "O" else 1  # a block must not straddle two of a rank's pieces
+            if size is not None and size % (multiple * ranks * pieces):
+                cut = f" / {pieces} stacked" if pieces > 1 else ""
+                split = f"{cut} / tp {ranks} = {size / ranks / pieces:g}" if ranks > 1 else ""
                 raise RecipeMismatch(
                     f"{site.path} {slot}: {names[dim]} = {size}{split} is not a multiple of {multiple},"
                     f" which {spec.label()} needs; change that size, use a smaller block or rotation,"

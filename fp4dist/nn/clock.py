@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from fp4dist.nn.comm import Place
 from fp4dist.numerics.tensor import Key
 from fp4dist.spec.recipe import SLOTS
 
@@ -23,15 +24,7 @@ class Clock:
     micro_batch: int = 0
     cache_weights: bool = False
 
-    def key(self, layer: int, slot: str, row: int, column: int, columns: int | None) -> Key:
-        """The key of one operand, of the shard that starts at (row, column) of a global operand `columns` wide."""
-        return Key(
-            seed=self.seed,
-            layer=layer,
-            step=self.step,
-            micro_batch=self.micro_batch,
-            slot=SLOTS.index(slot),
-            row=row,
-            column=column,
-            columns=columns,
-        )
+    def key(self, layer: int, slot: str, place: Place) -> Key:
+        """The key of one operand of linear number `layer`, for the part that lies at `place`."""
+        at = {field.name: getattr(place, field.name) for field in fields(place)}
+        return Key(self.seed, layer, self.step, self.micro_batch, SLOTS.index(slot), **at)

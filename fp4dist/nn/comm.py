@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -39,6 +40,11 @@ class LinearComm(Protocol):
         """Ranks that share the layer."""
         ...
 
+    @property
+    def pieces(self) -> int:
+        """Equal runs that a rank holds of the sharded dimension: 2 where W stacks SwiGLU's gate and up, else 1."""
+        ...
+
     def gather_x(self, x: Tensor) -> Tensor:
         """The full input [..., I] from this rank's part (sequence parallelism), or x itself."""
         ...
@@ -58,6 +64,7 @@ class NoComm:
     split: Dim | None = None
     rank = 0
     size = 1
+    pieces = 1
 
     def gather_x(self, x: Tensor) -> Tensor:
         """X itself."""
@@ -72,10 +79,25 @@ class NoComm:
         return None
 
 
-def place(comm: LinearComm, slot: str, rows: int, columns: int) -> tuple[int, int, int]:
-    """(row, column, global columns) of this rank's [rows, columns] part of operand `slot`."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this rank's part of an operand lies in the global one; the fields are those of `numerics.tensor.Key`."""
+
+    row: int = 0
+    column: int = 0
+    rows: int | None = None
+    columns: int | None = None
+    row_pieces: int = 1
+    column_pieces: int = 1
+
+
+def place(comm: LinearComm, slot: str, rows: int, columns: int) -> Place:
+    """The place of this rank's [rows, columns] part of operand `slot`."""
     row_dim, column_dim = SLOT_DIMS[slot]
-    row = comm.rank * rows if comm.split == row_dim else 0
+    if comm.split == row_dim:
+        start = comm.rank * (rows // comm.pieces)
+        return Place(row=start, rows=comm.size * rows, columns=columns, row_pieces=comm.pieces)
     if comm.split == column_dim:
-        return row, comm.rank * columns, comm.size * columns
-    return row, 0, columns
+        start = comm.rank * (columns // comm.pieces)
+        return Place(column=start, rows=rows, columns=comm.size * columns, column_pieces=comm.pieces)
+    return Place(rows=rows, columns=columns)

@@ -119,8 +119,7 @@ class LinearPlan:
         self._weight = None
 
     def _key(self, slot: str, shape: torch.Size, comm: LinearComm) -> Key:
-        row, column, columns = place(comm, slot, shape[0], shape[1])
-        return self.clock.key(self.number, slot, row, column, columns)
+        return self.clock.key(self.number, slot, place(comm, slot, shape[0], shape[1]))
 
 
 def gemm_kind(recipe: LinearRecipe, gemm: str) -> str:

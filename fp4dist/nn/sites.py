@@ -40,6 +40,7 @@ class LinearSite:
     """One linear of the whole, unsharded model.
 
     path   module path with global layer numbers; role   a word of `ROLES` or ""; layer   global number or None
+    pieces matrices stacked in the weight's rows that tensor parallelism shards one by one (SwiGLU's gate and up: 2)
     """
 
     path: str
@@ -47,6 +48,7 @@ class LinearSite:
     layer: int | None
     in_features: int
     out_features: int
+    pieces: int = 1
 
     @property
     def number(self) -> int:
@@ -113,6 +115,7 @@ def find_linears(model: nn.Module, layer_offset: int = 0) -> Iterator[tuple[Line
                 layer=layer_of(where),
                 in_features=features[0],
                 out_features=features[1],
+                pieces=module.comm.pieces if isinstance(module, Fp4Module) else 1,
             )
             yield site, path, module
 

@@ -54,13 +54,11 @@ def element_noise(shape: torch.Size, key: Key, device: torch.device) -> Tensor:
 
 def scale_noise(blocks: torch.Size, key: Key, block_columns: int, device: torch.device) -> Tensor:
     """[R, C/block] int64 in [0, 2**32): one word per block of this shard."""
-    rows, columns = blocks
-    width = (key.columns or columns * block_columns) // block_columns
-    first = key.column // block_columns
-    if not (width % 4 or first % 4 or columns % 4):  # whole draws only: one counter serves four blocks
-        quarter = replace(key, column=first, columns=width)
-        return words(_indices(blocks, quarter, 4, device), key).reshape(blocks)
-    flat = (key.row + torch.arange(rows, device=device))[:, None] * width + first + torch.arange(columns, device=device)
+    width = (key.columns or blocks[1] * block_columns) // block_columns
+    in_blocks = replace(key, column=key.column // block_columns, columns=width)
+    if not (width // key.column_pieces % 4 or in_blocks.column % 4 or blocks[1] // key.column_pieces % 4):
+        return words(_indices(blocks, in_blocks, 4, device), key).reshape(blocks)  # one counter serves four blocks
+    flat = _indices(blocks, in_blocks, 1, device)
     drawn = words(flat // 4, key)
     return drawn.gather(-1, (flat % 4).unsqueeze(-1)).squeeze(-1)
 
@@ -79,6 +77,14 @@ def _run_words(key: Key) -> tuple[int, int, int]:
 def _indices(shape: torch.Size, key: Key, group: int, device: torch.device) -> Tensor:
     """[R, C/group]: counter index of each group of elements."""
     rows, columns = shape
-    width = key.columns or columns
-    row = (key.row + torch.arange(rows, device=device)) * (width // group)
-    return row[:, None] + key.column // group + torch.arange(columns // group, device=device)
+    width = (key.columns or columns) // group
+    row = _positions(rows, key.row, key.rows or rows, key.row_pieces, device)
+    column = _positions(columns // group, key.column // group, width, key.column_pieces, device)
+    return row[:, None] * width + column
+
+
+def _positions(length: int, start: int, total: int, pieces: int, device: torch.device) -> Tensor:
+    """[length] global positions of a shard's rows or columns: a run from each of `pieces` stretches of `total`."""
+    run = start + torch.arange(length // pieces, device=device)
+    stretch = torch.arange(pieces, device=device) * (total // pieces)
+    return (stretch[:, None] + run).reshape(-1)

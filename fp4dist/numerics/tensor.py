@@ -28,7 +28,10 @@ class Key:
     slot          index into `fp4dist.spec.recipe.SLOTS`
     stream        what the noise is for, or which of several independent draws
     row, column   where this shard starts in the global operand
-    columns       columns of the global operand; None: as many as the shard has
+    rows, columns the global operand's size; None: as many as the shard has
+    row_pieces, column_pieces
+                  a shard may be several equal runs, one from each of as many stretches of the global dimension, and
+                  starts at `row` or `column` of each (SwiGLU's first linear: its part of gate, then its part of up)
     """
 
     seed: int = 0
@@ -39,7 +42,10 @@ class Key:
     stream: int = Stream.ROUNDING
     row: int = 0
     column: int = 0
+    rows: int | None = None
     columns: int | None = None
+    row_pieces: int = 1
+    column_pieces: int = 1
 
     def second_try(self) -> Key:
         """The key of a second, independent draw."""
@@ -48,7 +54,7 @@ class Key:
     def signs(self) -> Key:
         """The key of the rotation's signs: one per GEMM, so that both operands share it."""
         first_slot = self.slot // 2 * 2  # a GEMM's operands are neighbours in SLOTS
-        return replace(self, slot=first_slot, stream=Stream.SIGNS, row=0, column=0, columns=None)
+        return Key(self.seed, self.layer, self.step, self.micro_batch, first_slot, Stream.SIGNS)
 
 
 @dataclass(frozen=True, slots=True)

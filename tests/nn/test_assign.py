@@ -213,3 +213,12 @@ def test_sizes_that_do_not_divide(name: str, where: LinearSite, tokens: int, tp:
 )
 def test_sizes_that_divide(name: str, where: LinearSite, tokens: int | None, tp: int) -> None:
     check_shapes(where, SHAPES[name], tokens=tokens, tp=tp)
+
+
+def test_stacked_matrices_must_divide_one_by_one_under_tensor_parallelism() -> None:
+    """SwiGLU's gate and up of 192 rows each: 96 of both on each of two ranks, no multiple of the rotation's 128."""
+    fc1 = LinearSite(path="fc1", role="fc1", layer=0, in_features=256, out_features=384, pieces=2)
+    linear = load_recipe("quartet2").linears["fp4"]
+    check_shapes(fc1, linear, tokens=128, tp=1)
+    with pytest.raises(RecipeMismatch, match=r"dgrad.dy: output features = 384 / 2 stacked / tp 2 = 96 is not a mult"):
+        check_shapes(fc1, linear, tokens=128, tp=2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fp4dist.nn.clock import Clock
-from fp4dist.nn.comm import SLOT_DIMS, Dim, LinearComm, NoComm, place
+from fp4dist.nn.comm import SLOT_DIMS, Dim, LinearComm, NoComm, Place, place
 from fp4dist.nn.function import fp4_linear
 from fp4dist.numerics import BlockScaledTensor
 from fp4dist.numerics.codes import unpack
@@ -35,6 +35,7 @@ class OneRankOfTwo:
     rank: int
     amax: dict[str, Tensor]
     size: int = 2
+    pieces: int = 1
     asked: list[str] = field(default_factory=list)
 
     def gather_x(self, x: Tensor) -> Tensor:
@@ -74,35 +75,40 @@ def operands(name: str, x: Tensor, w: Tensor, dy: Tensor, comm: LinearComm) -> d
     return found
 
 
-@pytest.mark.parametrize("split", ["O", "I"])
+def part(t: Tensor, axis: int, rank: int, pieces: int) -> Tensor:
+    """Rank's half of each of `pieces` stretches: what a rank holds of SwiGLU's gate and up."""
+    return torch.cat([stretch.chunk(2, axis)[rank] for stretch in t.chunk(pieces, axis)], axis)
+
+
+@pytest.mark.parametrize(("split", "pieces"), [("O", 1), ("I", 1), ("O", 2)])
 @pytest.mark.parametrize("name", RECIPES)
-def test_shards_are_pieces_of_the_whole(name: str, split: Dim) -> None:
+def test_shards_are_pieces_of_the_whole(name: str, split: Dim, pieces: int) -> None:
     x, w, dy = normal(T, I), normal(O, I, seed=1), normal(T, O, seed=2)
     logical = Whole()
     whole = operands(name, x, w, dy, logical)
     for rank in range(2):
-        comm = OneRankOfTwo(split, rank, logical.amax)
+        comm = OneRankOfTwo(split, rank, logical.amax, pieces=pieces)
         mine = (
-            operands(name, x, w.chunk(2, 0)[rank], dy.chunk(2, 1)[rank], comm)
+            operands(name, x, part(w, 0, rank, pieces), part(dy, 1, rank, pieces), comm)
             if split == "O"
             else operands(name, x.chunk(2, 1)[rank], w.chunk(2, 1)[rank], dy, comm)
         )
         for slot in SLOTS:
-            assert_piece(mine[slot], whole[slot], SLOT_DIMS[slot], split, rank)
+            assert_piece(mine[slot], whole[slot], SLOT_DIMS[slot], comm)
         assert set(comm.asked) <= {slot for slot in SLOTS if split in SLOT_DIMS[slot]}
 
 
 def assert_piece(
-    part: BlockScaledTensor, whole: BlockScaledTensor, dims: tuple[Dim, Dim], split: Dim, rank: int
+    mine: BlockScaledTensor, whole: BlockScaledTensor, dims: tuple[Dim, Dim], comm: OneRankOfTwo
 ) -> None:
     def piece(t: Tensor) -> Tensor:
         for axis, dim in enumerate(dims):
-            t = t.chunk(2, axis)[rank] if dim == split else t
+            t = part(t, axis, comm.rank, comm.pieces) if dim == comm.split else t
         return t
 
-    assert torch.equal(unpack(part.codes), piece(unpack(whole.codes)))
-    assert torch.equal(part.scales, piece(whole.scales))
-    assert torch.equal(part.global_scale, whole.global_scale)
+    assert torch.equal(unpack(mine.codes), piece(unpack(whole.codes)))
+    assert torch.equal(mine.scales, piece(whole.scales))
+    assert torch.equal(mine.global_scale, whole.global_scale)
 
 
 def test_operand_dimensions_agree_with_the_gemms() -> None:
@@ -121,9 +127,9 @@ def test_shards_tile_the_global_operand(slot: str, split: Dim) -> None:
     covered = torch.zeros(rows, columns, dtype=torch.int32)
     for rank in range(2):
         part_rows, part_columns = (SIZES[d] // 2 if d == split else SIZES[d] for d in SLOT_DIMS[slot])
-        row, column, width = place(OneRankOfTwo(split, rank, {}), slot, part_rows, part_columns)
-        assert width == columns
-        covered[row : row + part_rows, column : column + part_columns] += 1
+        at = place(OneRankOfTwo(split, rank, {}), slot, part_rows, part_columns)
+        assert (at.rows, at.columns) == (rows, columns)
+        covered[at.row : at.row + part_rows, at.column : at.column + part_columns] += 1
     copies = 1 if split in SLOT_DIMS[slot] else 2  # an operand that is not sharded is on both ranks
     assert (covered == copies).all()
 
@@ -133,4 +139,4 @@ def test_a_whole_layer_communicates_nothing() -> None:
     assert comm.gather_x(x) is x
     assert comm.reduce_dx(x)() is x
     assert all(comm.reduce_max(slot) is None for slot in SLOTS)
-    assert all(place(comm, slot, 3, 5) == (0, 0, 5) for slot in SLOTS)
+    assert all(place(comm, slot, 3, 5) == Place(rows=3, columns=5) for slot in SLOTS)
