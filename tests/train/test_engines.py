@@ -82,7 +82,7 @@ def test_two_ranks_equal_one_in_data_and_tensor_parallel(folder: str) -> None:
 FP4_RECIPES = [name for name in shipped("recipes") if load_recipe(name).wants_fp4]
 WIDE = (  # so that every block and rotation divides what a rank holds
     "model.hidden_size=256", "model.ffn_hidden_size=256", "model.num_attention_heads=8", "model.num_query_groups=8",
-    "model.seq_length=128", "train.micro_batch_size=4", "train.global_batch_size=8", "optim.lr=3e-4", "train.steps=5",
+    "model.seq_length=128", "train.micro_batch_size=4", "train.global_batch_size=8", "optim.lr=1e-4", "train.steps=5",
     "train.eval_every=5",
 )  # fmt: skip
 
