@@ -14,7 +14,7 @@ class KernelUnavailable(Fp4DistError):
 
 
 class RecipeMismatch(Fp4DistError):
-    """A recipe and a model do not fit: a rule matches nothing, a size does not divide, FP4 was asked for and not got."""
+    """A recipe and a model do not fit: a rule matches nothing, a size does not divide, FP4 asked for and not got."""
 
 
 class DataError(Fp4DistError):

@@ -114,7 +114,7 @@ def _start(rank: int, fn: Callable[..., Any], args: tuple[Any, ...], env: dict[s
 
 
 def _end(process: Any) -> None:
-    """Let a rank that has answered exit, then kill its whole process group: Megatron's checkpoint writer is its child."""
+    """Let a rank that has answered exit, then kill its process group: Megatron's checkpoint writer is its child."""
     process.join(GRACE_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -41,7 +41,9 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packaging")
     checkout = folder / "checkout"
     unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
-    shutil.copytree(ROOT, checkout, ignore=lambda at, names: {*unwanted(at, names), *(["runs"] if Path(at) == ROOT else [])})
+    shutil.copytree(
+        ROOT, checkout, ignore=lambda at, names: {*unwanted(at, names), *(["runs"] if Path(at) == ROOT else [])}
+    )
     for command in ("build_sdist", "build_wheel"):
         code = f"from setuptools import build_meta; build_meta.{command}({str(folder)!r})"
         run = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)

@@ -1,8 +1,8 @@
-"""Put finished runs side by side: validation loss at the start and the end, gap to the first run, FP4 share, speed, a plot.
+"""Put finished runs side by side: validation losses, gap to the first run, FP4 share, speed, and a plot.
 
     python tools/compare_runs.py runs/bf16 runs/nvidia_nvfp4 runs/quartet2 --plot runs/compare.png
 
-The first folder is the baseline. Prints a Markdown table; reads only metrics.jsonl, layers.json and config.resolved.yaml.
+The first folder is the baseline. Prints a Markdown table; reads metrics.jsonl, layers.json and config.resolved.yaml.
 """
 
 from __future__ import annotations

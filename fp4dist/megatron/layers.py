@@ -104,7 +104,7 @@ class _Planned:
         """(in, out) of the unsharded layer."""
         return self.input_size, self.output_size
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.plan is None:
             return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
         if args:

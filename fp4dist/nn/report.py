@@ -66,7 +66,8 @@ def table_json(rows: Sequence[LinearRow], recipe: Recipe, remarks: Sequence[str]
 
 def table_text(rows: Sequence[LinearRow], recipe: Recipe, remarks: Sequence[str]) -> str:
     """The table for a terminal: alike layers share a line."""
-    lines = [f"recipe {recipe.name} ({recipe.paper or 'no paper'}), {fp4_share(rows):.1%} of block-linear FLOPs in FP4"]
+    share = f"{fp4_share(rows):.1%} of block-linear FLOPs in FP4"
+    lines = [f"recipe {recipe.name} ({recipe.paper or 'no paper'}), {share} (bf16 stands for the model's own dtype)"]
     lines += [f"  note: {remark}" for remark in remarks]
     groups: dict[tuple[Any, ...], list[LinearRow]] = {}
     for row in rows:

@@ -109,13 +109,14 @@ def find_linears(model: nn.Module, layer_offset: int = 0) -> Iterator[tuple[Line
         features = _features(module)
         if features is not None:
             where = global_path(path, layer_offset)
+            pieces: int = getattr(getattr(module, "comm", None), "pieces", 1)
             site = LinearSite(
                 path=where,
                 role=role_of(where),
                 layer=layer_of(where),
                 in_features=features[0],
                 out_features=features[1],
-                pieces=module.comm.pieces if isinstance(module, Fp4Module) else 1,
+                pieces=pieces,
             )
             yield site, path, module
 

@@ -142,13 +142,15 @@ def _check_scale_rule(spec: QuantSpec) -> None:
 
 
 def _check_unbiased(spec: QuantSpec) -> None:
-    if isinstance(spec.rounding, Eden) and not spec.allow_bias:
-        if spec.rotation is None or spec.rotation.signs != "fresh":
-            raise ValueError(
-                "eden is unbiased only under a fresh rotation: without one its error never averages out;"
-                " set rotation: {size: 128, signs: fresh}, or allow_bias: true for parity with a paper"
-            )
-    if not isinstance(spec.rounding, Stochastic) or spec.allow_bias:
+    if spec.allow_bias:
+        return
+    fresh = spec.rotation is not None and spec.rotation.signs == "fresh"
+    if isinstance(spec.rounding, Eden) and not fresh:
+        raise ValueError(
+            "eden is unbiased only under a fresh rotation: without one its error never averages out;"
+            " set rotation: {size: 128, signs: fresh}, or allow_bias: true for parity with a paper"
+        )
+    if not isinstance(spec.rounding, Stochastic):
         return
     rule = spec.rule
     if isinstance(rule, FourOverSix):

@@ -1,7 +1,7 @@
 """Megatron's tensor-parallel linears under a plan: bits of all six operands do not depend on the split.
 
-Given the same logical x, W and dY, a column- or row-parallel linear on two ranks, with and without sequence parallelism,
-quantizes to exactly the codes and scales of one rank; with recipe bf16 it gives Megatron's own bits.
+Given the same logical x, W and dY, a column- or row-parallel linear on two ranks, with and without sequence
+parallelism, quantizes to exactly the codes and scales of one rank; with recipe bf16 it gives Megatron's own bits.
 """
 
 from __future__ import annotations

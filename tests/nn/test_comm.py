@@ -98,9 +98,7 @@ def test_shards_are_pieces_of_the_whole(name: str, split: Dim, pieces: int) -> N
         assert set(comm.asked) <= {slot for slot in SLOTS if split in SLOT_DIMS[slot]}
 
 
-def assert_piece(
-    mine: BlockScaledTensor, whole: BlockScaledTensor, dims: tuple[Dim, Dim], comm: OneRankOfTwo
-) -> None:
+def assert_piece(mine: BlockScaledTensor, whole: BlockScaledTensor, dims: tuple[Dim, Dim], comm: OneRankOfTwo) -> None:
     def piece(t: Tensor) -> Tensor:
         for axis, dim in enumerate(dims):
             t = part(t, axis, comm.rank, comm.pieces) if dim == comm.split else t

@@ -81,7 +81,10 @@ def test_a_model_without_roles_counts_all_of_its_linears() -> None:
 def test_the_text_groups_like_layers_and_says_why_not() -> None:
     text = plan_table(make_sites(12), load_recipe("nvidia_nvfp4")).table()
     lines = text.splitlines()
-    assert lines[0] == "recipe nvidia_nvfp4 (arXiv:2509.25149), 83.3% of block-linear FLOPs in FP4"
+    assert lines[0] == (
+        "recipe nvidia_nvfp4 (arXiv:2509.25149), 83.3% of block-linear FLOPs in FP4"
+        " (bf16 stands for the model's own dtype)"
+    )
     assert "  note: rule 0: the model has no expert" in lines
     assert "  gate_proj    [256 x 128] layers 0-9: fp4 (rule 1: qkv/proj/fc1/fc2/expert)" in lines
     assert "  gate_proj    [256 x 128] layers 10-11: bf16 (rule 0: qkv/proj/fc1/fc2/expert layers 10-11)" in lines

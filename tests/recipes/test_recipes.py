@@ -180,7 +180,9 @@ def without_rotation(linear: LinearRecipe, gemm: str) -> LinearRecipe:
     """Both operands change at once: one without the other is refused."""
     operands = getattr(linear, gemm)
     names = [s.split(".")[1] for s in SLOTS if s.startswith(gemm)]
-    changed = {n: replace(spec, rotation=None, allow_bias=True) for n in names if (spec := getattr(operands, n)) is not None}
+    changed = {
+        n: replace(spec, rotation=None, allow_bias=True) for n in names if (spec := getattr(operands, n)) is not None
+    }
     return replace(linear, **{gemm: replace(operands, **changed)})
 
 

@@ -90,8 +90,8 @@ WIDE = (  # so that every block and rotation divides what a rank holds
 def test_fp4_recipes_do_not_depend_on_the_layout(folder: str) -> None:
     """Five steps: noise and scales are those of the whole, so only the order of GEMM sums is left to differ.
 
-    A last bit of such a sum flips a code now and then, and a flipped code's row differs from there on. Data-parallel ranks
-    sum nothing inside a GEMM: their losses are those of one rank.
+    A last bit of such a sum flips a code now and then, and a flipped code's row differs from there on. Data-parallel
+    ranks sum nothing inside a GEMM: their losses are those of one rank.
     """
     one = {name: (*WIDE, f"recipe={name}") for name in FP4_RECIPES}
     two = {f"{name} tp2": (*one[name], "parallel.tp=2") for name in FP4_RECIPES}
