@@ -1,8 +1,8 @@
 """Operators of the compiled extension: registration, what they need of a device, shapes for tracing.
 
 Import this module only after the extension has loaded (the package's `__init__` does). Shape, type and layout are
-checked here; csrc/bindings.cpp repeats the checks for callers of torch.ops, but where the extension was built by another
-compiler than torch (seen on one machine) its C++ exceptions end the process instead of becoming Python's.
+checked here. csrc/bindings.cpp repeats the checks for callers of torch.ops; but an extension that another compiler than
+torch's has built may end the process there instead of raising (seen once).
 """
 
 from __future__ import annotations
