@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 
 from fp4dist.errors import ConfigError
+from fp4dist.megatron.sites import gpt_sites
 from fp4dist.nn.apply import apply_recipe
-from fp4dist.spec.load import load_recipe, shipped
+from fp4dist.nn.comm import SLOT_DIMS
+from fp4dist.numerics.codes import unpack
+from fp4dist.spec.load import load_recipe, load_run, shipped
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import data, loop
 from fp4dist.train.engine import masked_mean
@@ -79,34 +82,96 @@ def test_two_ranks_equal_one_in_data_and_tensor_parallel(folder: str) -> None:
     assert_same_training({n: r for n, r in first.items() if n.startswith("tp2")}, alone["qk"], 1e-5)
 
 
+# -- FP4 recipes and the layout
+
 FP4_RECIPES = [name for name in shipped("recipes") if load_recipe(name).wants_fp4]
-WIDE = (  # so that every block and rotation divides what a rank holds
+WIDE = (  # so that every block and rotation divides what a rank of two holds
     "model.hidden_size=256", "model.ffn_hidden_size=256", "model.num_attention_heads=8", "model.num_query_groups=8",
-    "model.seq_length=128", "train.micro_batch_size=4", "train.global_batch_size=8", "optim.lr=1e-4", "train.steps=5",
-    "train.eval_every=5",
+    "model.seq_length=64", "train.micro_batch_size=2", "train.steps=3", "train.eval_every=3",
 )  # fmt: skip
 
 
-def test_fp4_recipes_do_not_depend_on_the_layout(folder: str) -> None:
-    """Five steps: noise and scales are those of the whole, so only the order of GEMM sums is left to differ.
-
-    A last bit of such a sum flips a code now and then, and a flipped code's row differs from there on. Data-parallel
-    ranks sum nothing inside a GEMM: their losses are those of one rank.
-    """
-    one = {name: (*WIDE, f"recipe={name}") for name in FP4_RECIPES}
-    two = {f"{name} tp2": (*one[name], "parallel.tp=2") for name in FP4_RECIPES}
-    for name in (FP4, "quartet2"):
-        two[f"{name} sp"] = (*one[name], "parallel.tp=2", "parallel.sequence_parallel=true")
-        two[f"{name} dp2"] = one[name]
-        two[f"{name} zero1"] = (*one[name], "parallel.tp=2", *KINDS["zero1"])
-    (alone,) = run_ranks(train_all, 1, folder, one, timeout=300)
-    first, second = run_ranks(train_all, 2, folder, two, timeout=300)
+def test_data_parallel_ranks_draw_the_noise_of_one(folder: str) -> None:
+    """A micro-batch's codes depend on its global number alone, so the losses are equal, not only close."""
+    cases = {name: (*WIDE, f"recipe={name}") for name in FP4_RECIPES}
+    (alone,) = run_ranks(train_all, 1, folder, cases, timeout=300)
+    first, second = run_ranks(train_all, 2, folder, cases, timeout=300)
     assert first == second, "ranks must agree on every number"
     assert len({tuple(found[0]) for found in alone.values()}) == len(FP4_RECIPES), "each recipe trains differently"
     for name, found in first.items():
-        reference = alone[name.split()[0]]
-        assert found[0] == pytest.approx(reference[0], abs=1e-3), name
-        assert found[2] == pytest.approx(reference[2], abs=1e-3), name
+        assert found[0] == pytest.approx(alone[name][0], abs=1e-6), name
+
+
+def codes_of_the_first_step(folder: str, overrides: tuple[str, ...]) -> dict[tuple[str, str], torch.Tensor]:
+    """(linear, slot) -> this rank's codes [R, C] in a model's first step."""
+    found: dict[tuple[str, str], torch.Tensor] = {}
+    config = tiny_run(Path(folder), *overrides, name="codes")
+    with open_world(config) as world:
+        engine, applied, batches = build(config, world)
+        for target in applied.targets:
+            kernels = target.module.plan.kernels
+            for slot in [s for s in SLOT_DIMS if s in kernels]:
+
+                def recording(*args: Any, _to: Any = (target.site.path, slot), _kernel: Any = kernels[slot]) -> Any:
+                    quantized = _kernel(*args)
+                    found[_to] = unpack(quantized.codes)
+                    return quantized
+
+                kernels[slot] = recording
+        applied.set_step(0, 3)
+        engine.train_step(1, batches)
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["quartet2", "tetrajet_v2_core"])
+def test_codes_of_a_whole_model_do_not_depend_on_tensor_parallelism(folder: str, recipe: str) -> None:
+    """Noise and scales are those of the whole, also of SwiGLU's gate and up, which a rank holds in two pieces.
+
+    Only the order of GEMM sums is left to differ: its last bits flip few codes of the last layer, where backward
+    begins, and more in the layers before it, which are not compared.
+    """
+    overrides = (*WIDE, f"recipe={recipe}", "train.micro_batch_size=4")
+    (whole,) = run_ranks(codes_of_the_first_step, 1, folder, overrides)
+    ranks = run_ranks(codes_of_the_first_step, 2, folder, (*overrides, "parallel.tp=2"))
+    for (path, slot), codes in whole.items():
+        if "layers.0" in path and not slot.startswith("fprop"):
+            continue  # a flipped code changes the gradients of every layer before it
+        site = next(s for s in gpt_sites(tiny_run(Path(folder), *overrides).model) if s.path == path)
+        parts = [rank[path, slot] for rank in ranks]
+        if site.split in SLOT_DIMS[slot]:
+            axis = SLOT_DIMS[slot].index(site.split)
+            stretches = zip(*(part.chunk(site.pieces, axis) for part in parts), strict=True)
+            together = torch.cat([piece for stretch in stretches for piece in stretch], axis)
+        else:
+            together = parts[0]
+        share = (together != codes).double().mean().item()
+        assert share < (1e-3 if slot.startswith("fprop") else 0.03), f"{path} {slot}: {share:.2%} of the codes differ"
+
+
+def train_on_text(folder: str, recipe: str, *overrides: str) -> list[float]:
+    """Five steps of the quick start's model, two layers of it, on its text."""
+    prefix = f"{folder}/austen"
+    config = load_run(
+        "quickstart",
+        [f"run.dir={folder}/{recipe}{len(overrides)}", f"data.train=[{prefix}]", f"data.valid=[{prefix}_valid]",
+         f"recipe={recipe}", "model.num_layers=2", "optim.lr=5e-4", "train.stop_after=5", "train.eval_samples=8",
+         "checkpoint.every=0", "logging.tensorboard=false", *overrides],
+    )  # fmt: skip
+    loop.run(config)
+    dist.barrier()
+    return losses(config)
+
+
+@pytest.mark.parametrize("recipe", [FP4, "quartet2"])
+def test_losses_on_text_do_not_depend_on_tensor_parallelism(tmp_path: Path, recipe: str) -> None:
+    (alone,) = run_ranks(train_on_text, 1, str(tmp_path), recipe)
+    first, second = run_ranks(train_on_text, 2, str(tmp_path), recipe, "parallel.tp=2")
+    assert first == second
+    assert alone[-1] < alone[0] - 0.1
+    # one flipped code re-rolls the rounding of the layers before it, and Adam's first steps follow the gradient's sign:
+    # 1.5e-3 was seen here, 7e-4 with the whole quick start; the bits are compared in the test above
+    assert first == pytest.approx(alone, abs=5e-3)
 
 
 # -- steps that must not happen
