@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import SLOT_DIMS, Dim
@@ -25,19 +26,23 @@ class Assignment:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Assignments:
     """All sites of a model under a recipe, and remarks to print (roles that the model lacks)."""
 
     rows: tuple[Assignment, ...]
     remarks: tuple[str, ...]
 
+    @cached_property
+    def by_path(self) -> dict[str, Assignment]:
+        """Path -> assignment; a model with many experts has tens of thousands."""
+        return {row.site.path: row for row in self.rows}
+
     def named(self, path: str) -> Assignment:
         """The assignment of the site at `path`; RecipeMismatch where the list of sites lacks it."""
-        for row in self.rows:
-            if row.site.path == path:
-                return row
-        near = get_close_matches(path, [row.site.path for row in self.rows], 1)
+        if path in self.by_path:
+            return self.by_path[path]
+        near = get_close_matches(path, list(self.by_path), 1)
         hint = f"; nearest: '{near[0]}'" if near else ""
         raise RecipeMismatch(f"the model's linear '{path}' is not in the list of {len(self.rows)} sites{hint}")
 

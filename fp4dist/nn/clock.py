@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from fp4dist.nn.comm import Place
 from fp4dist.numerics.tensor import Key
 from fp4dist.spec.recipe import SLOTS
 
@@ -24,7 +23,6 @@ class Clock:
     micro_batch: int = 0
     cache_weights: bool = False
 
-    def key(self, layer: int, slot: str, place: Place) -> Key:
-        """The key of one operand of linear number `layer`, for the part that lies at `place`."""
-        at = {field.name: getattr(place, field.name) for field in fields(place)}
-        return Key(self.seed, layer, self.step, self.micro_batch, SLOTS.index(slot), **at)
+    def key(self, layer: int, slot: str) -> Key:
+        """The key of one whole operand of linear number `layer`; `comm.place` makes it a shard's."""
+        return Key(self.seed, layer, self.step, self.micro_batch, SLOTS.index(slot))

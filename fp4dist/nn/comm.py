@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from torch import Tensor
 
 from fp4dist.numerics.quantize import ReduceMax
+from fp4dist.numerics.tensor import Key
 
 Dim = Literal["T", "I", "O"]
 # Rows and columns of each operand in its GEMM; the columns are contracted.
@@ -67,11 +68,11 @@ class NoComm:
     pieces = 1
 
     def gather_x(self, x: Tensor) -> Tensor:
-        """X itself."""
+        """The input itself."""
         return x
 
     def reduce_dx(self, dx: Tensor) -> Callable[[], Tensor]:
-        """Dx itself."""
+        """The gradient itself."""
         return lambda: dx
 
     def reduce_max(self, slot: str) -> ReduceMax | None:
@@ -79,25 +80,13 @@ class NoComm:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where this rank's part of an operand lies in the global one; the fields are those of `numerics.tensor.Key`."""
-
-    row: int = 0
-    column: int = 0
-    rows: int | None = None
-    columns: int | None = None
-    row_pieces: int = 1
-    column_pieces: int = 1
-
-
-def place(comm: LinearComm, slot: str, rows: int, columns: int) -> Place:
-    """The place of this rank's [rows, columns] part of operand `slot`."""
+def place(comm: LinearComm, slot: str, rows: int, columns: int, key: Key) -> Key:
+    """`key`, for this rank's [rows, columns] part of operand `slot`: where that part lies in the global operand."""
     row_dim, column_dim = SLOT_DIMS[slot]
     if comm.split == row_dim:
         start = comm.rank * (rows // comm.pieces)
-        return Place(row=start, rows=comm.size * rows, columns=columns, row_pieces=comm.pieces)
+        return replace(key, row=start, rows=comm.size * rows, columns=columns, row_pieces=comm.pieces)
     if comm.split == column_dim:
         start = comm.rank * (columns // comm.pieces)
-        return Place(column=start, rows=rows, columns=comm.size * columns, column_pieces=comm.pieces)
-    return Place(rows=rows, columns=columns)
+        return replace(key, column=start, rows=rows, columns=comm.size * columns, column_pieces=comm.pieces)
+    return replace(key, rows=rows, columns=columns)

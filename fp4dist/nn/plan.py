@@ -119,7 +119,7 @@ class LinearPlan:
         self._weight = None
 
     def _key(self, slot: str, shape: torch.Size, comm: LinearComm) -> Key:
-        return self.clock.key(self.number, slot, place(comm, slot, shape[0], shape[1]))
+        return place(comm, slot, shape[0], shape[1], self.clock.key(self.number, slot))
 
 
 def gemm_kind(recipe: LinearRecipe, gemm: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fp4dist.nn.plan import FP4, gemm_kind
+from fp4dist.nn.plan import gemm_kind
 from fp4dist.nn.sites import LinearSite
 from fp4dist.spec.load import recipe_hash
 from fp4dist.spec.recipe import BLOCK_ROLES, GEMMS, SLOTS, LinearRecipe, Recipe
@@ -48,8 +48,8 @@ def fp4_share(rows: Sequence[LinearRow]) -> float:
     A model without known roles counts all of its linears.
     """
     counted = [r for r in rows if r.site.role in BLOCK_ROLES] or list(rows)
-    total = sum(3 * r.site.in_features * r.site.out_features for r in counted)
-    fp4 = sum(list(r.kinds().values()).count(FP4) * r.site.in_features * r.site.out_features for r in counted)
+    total = sum(len(GEMMS) * r.site.in_features * r.site.out_features for r in counted)
+    fp4 = sum(sum(map(r.recipe.gemm_is_fp4, GEMMS)) * r.site.in_features * r.site.out_features for r in counted)
     return fp4 / total if total else 0.0
 
 

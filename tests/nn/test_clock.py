@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fp4dist.nn.clock import Clock
-from fp4dist.nn.comm import Place
 from fp4dist.numerics import Key
 from fp4dist.spec.recipe import SLOTS
 
@@ -15,13 +14,13 @@ def test_defaults() -> None:
 def test_a_key_names_the_place_and_the_slot() -> None:
     clock = Clock(seed=1, step=2, micro_batch=3)
     for number, slot in enumerate(SLOTS):
-        key = clock.key(9, slot, Place(row=16, column=32, columns=64))
-        assert key == Key(seed=1, layer=9, step=2, micro_batch=3, slot=number, row=16, column=32, columns=64)
+        key = clock.key(9, slot)
+        assert key == Key(seed=1, layer=9, step=2, micro_batch=3, slot=number)
 
 
 def test_a_key_is_a_snapshot() -> None:
     clock = Clock(step=1)
-    key = clock.key(9, "fprop.x", Place())
+    key = clock.key(9, "fprop.x")
     clock.step, clock.micro_batch = 5, 6
     assert (key.step, key.micro_batch) == (1, 0)
-    assert clock.key(9, "fprop.x", Place()) != key
+    assert clock.key(9, "fprop.x") != key

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fp4dist.nn.clock import Clock
-from fp4dist.nn.comm import SLOT_DIMS, Dim, LinearComm, NoComm, Place, place
+from fp4dist.nn.comm import SLOT_DIMS, Dim, LinearComm, NoComm, place
 from fp4dist.nn.function import fp4_linear
-from fp4dist.numerics import BlockScaledTensor
+from fp4dist.numerics import BlockScaledTensor, Key
 from fp4dist.numerics.codes import unpack
 from fp4dist.spec.load import load_recipe, shipped
 from fp4dist.spec.recipe import GEMMS, SLOTS
@@ -125,7 +125,7 @@ def test_shards_tile_the_global_operand(slot: str, split: Dim) -> None:
     covered = torch.zeros(rows, columns, dtype=torch.int32)
     for rank in range(2):
         part_rows, part_columns = (SIZES[d] // 2 if d == split else SIZES[d] for d in SLOT_DIMS[slot])
-        at = place(OneRankOfTwo(split, rank, {}), slot, part_rows, part_columns)
+        at = place(OneRankOfTwo(split, rank, {}), slot, part_rows, part_columns, Key())
         assert (at.rows, at.columns) == (rows, columns)
         covered[at.row : at.row + part_rows, at.column : at.column + part_columns] += 1
     copies = 1 if split in SLOT_DIMS[slot] else 2  # an operand that is not sharded is on both ranks
@@ -137,4 +137,4 @@ def test_a_whole_layer_communicates_nothing() -> None:
     assert comm.gather_x(x) is x
     assert comm.reduce_dx(x)() is x
     assert all(comm.reduce_max(slot) is None for slot in SLOTS)
-    assert all(place(comm, slot, 3, 5) == Place(rows=3, columns=5) for slot in SLOTS)
+    assert all(place(comm, slot, 3, 5, Key(step=7)) == Key(step=7, rows=3, columns=5) for slot in SLOTS)
