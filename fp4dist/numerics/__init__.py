@@ -7,7 +7,7 @@ The numerics contract
     micro-batch, step, slot): the same bits for every backend, tensor-parallel split, recompute and call order.
  4. `max` is order-free; sums inside a quantizer are one fixed tree over the block: adjacent pairs, columns before rows.
  5. Block-scaled GEMMs accumulate in fp32. On exactly summable inputs every implementation gives the same result.
- 6. An amax is that of the *logical* tensor: a caller whose tensor is a shard passes `reduce_max`.
+ 6. An amax or a moment is that of the *logical* row or tensor: a caller whose tensor is a shard passes `reduce_max`.
 """
 
 from __future__ import annotations

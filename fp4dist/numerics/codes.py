@@ -13,17 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fp4dist.spec.formats import ElementFormat
+from fp4dist.spec.formats import ElementFormat, ScaleFormat
 
 E4M3_MAX = 448.0
 E4M3_NAN = 0x7F
 E4M3_MIN_NORMAL = 2.0**-6
+UE5M3_NAN = 0xFF
 E8M0_BIAS = 127
+FEW_LEVELS = 16  # on a CPU a comparison for each of so few boundaries beats a binary search
 
 
-def encode_nearest(u: Tensor, element: ElementFormat) -> Tensor:
-    """Codes of `u` (fp32, any shape) rounded to nearest, ties to the even index, saturating; uint8, one code a byte."""
-    index = _interval(u.abs(), _nearest_boundaries(element), closed_right=True)
+def encode_nearest(u: Tensor, element: ElementFormat, ties: str = "even") -> Tensor:
+    """Codes of `u` (fp32, any shape) rounded to nearest, saturating; uint8, one code a byte.
+
+    ties   even: to the even index; away from 0; to_zero; up: toward +infinity
+    """
+    magnitude = u.abs()
+    if element.mantissa is not None:
+        index = _float_code(magnitude, element.mantissa, element.levels[1], element.max)
+    elif ties == "up":
+        away, to_zero = (_interval(magnitude, _nearest_boundaries(element, t), True) for t in ("away", "to_zero"))
+        index = torch.where(u < 0, to_zero, away)
+    else:
+        index = _interval(magnitude, _nearest_boundaries(element, ties), closed_right=True)
     return _with_sign(index, u, element)
 
 
@@ -47,6 +59,11 @@ def decode(codes: Tensor, element: ElementFormat) -> Tensor:
     return values.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
 
 
+def stored(codes: Tensor, element: ElementFormat) -> Tensor:
+    """[R, C] codes, one a byte -> as a BlockScaledTensor holds them: two a byte if they fit."""
+    return pack(codes) if element.packed else codes
+
+
 def pack(codes: Tensor) -> Tensor:
     """[R, C] codes (uint8, below 16) -> [R, C/2] bytes, element 2j in the low nibble."""
     both = codes.contiguous().view(torch.int16)  # little-endian: element 2j is the low byte
@@ -58,6 +75,11 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
+def decode_stored(codes: Tensor, element: ElementFormat) -> Tensor:
+    """Inverse of `stored`, as fp32 values."""
+    return decode_packed(codes, element) if element.packed else decode(codes, element)
+
+
 def decode_packed(packed: Tensor, element: ElementFormat) -> Tensor:
     """[R, C/2] bytes -> [R, C] fp32 values: one table look-up for two elements."""
     return _look_up_pairs(_pair_values(element, packed.device), packed).flatten(-2)
@@ -65,11 +87,28 @@ def decode_packed(packed: Tensor, element: ElementFormat) -> Tensor:
 
 def encode_e4m3(x: Tensor) -> Tensor:
     """Non-negative fp32 -> E4M3fn bytes, round to nearest even, saturating at 448; NaN -> 0x7F."""
-    bits = x.clamp(max=E4M3_MAX).view(torch.int32)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    subnormal = torch.round(x.clamp(max=E4M3_MIN_NORMAL) * 512.0).nan_to_num().to(torch.int32)
-    code = torch.where(x < E4M3_MIN_NORMAL, subnormal, normal)
+    code = _float_code(x, 3, 2.0**-9, E4M3_MAX)
     return torch.where(x.isnan(), E4M3_NAN, code).to(torch.uint8)
+
+
+def encode_ue5m3(x: Tensor) -> Tensor:
+    """Non-negative fp32 -> UE5M3 bytes (bias 15, no sign), round to nearest even, saturating at 61440; NaN -> 0xFF."""
+    code = _float_code(x, 3, 2.0**-17, 61440.0)
+    return torch.where(x.isnan(), UE5M3_NAN, code).to(torch.uint8)
+
+
+def _float_code(x: Tensor, mantissa: int, smallest: float, largest: float) -> Tensor:
+    """Non-negative fp32 -> int32 codes of a binary float with subnormals, to nearest even, saturating at `largest`.
+
+    smallest   its smallest subnormal, a power of two. NaN saturates.
+    """
+    drop, min_normal = 23 - mantissa, smallest * 2**mantissa
+    bits = x.clamp(max=largest).view(torch.int32)
+    rebias = (127 + round(np.log2(min_normal)) - 1) << mantissa  # fp32's exponent field of min_normal becomes 1
+    normal = ((bits + ((1 << drop - 1) - 1) + ((bits >> drop) & 1)) >> drop) - rebias
+    subnormal = torch.round(x.clamp(max=min_normal) * (1.0 / smallest)).nan_to_num().to(torch.int32)
+    top = (int(np.float32(largest).view(np.int32)) >> drop) - rebias
+    return torch.where(x < min_normal, subnormal, normal).clamp_(max=top)
 
 
 def encode_e4m3_stochastic(x: Tensor, noise: Tensor) -> Tensor:
@@ -102,12 +141,42 @@ def decode_e8m0(codes: Tensor) -> Tensor:
     return torch.where(exponent == 255, float("nan"), bits.view(torch.float32))
 
 
+def encode_scale(x: Tensor, scale: ScaleFormat) -> Tensor:
+    """Non-negative fp32 decode scales -> what a BlockScaledTensor stores of them; bytes are rounded to nearest.
+
+    fp32 scales stay; e4m3_inverse keeps 1/x, at most scale.max. e8m0 is chosen by its exponent (`scales`), not here.
+    """
+    if scale.name == "e4m3":
+        return encode_e4m3(x)
+    if scale.name == "ue5m3":
+        return encode_ue5m3(x)
+    if scale.name == "e4m3_inverse":
+        return encode_e4m3((torch.ones_like(x) / x).clamp(max=scale.max))
+    if scale.name == "fp32":
+        return x
+    raise ValueError(f"{scale.name} scales have no rounding of their own")
+
+
+def decode_scale(stored: Tensor, scale: ScaleFormat) -> Tensor:
+    """Stored scales -> fp32 decode scales."""
+    if scale.name == "e4m3":
+        return decode_e4m3(stored)
+    if scale.name == "e8m0":
+        return decode_e8m0(stored)
+    if scale.name == "ue5m3":
+        return _ue5m3_values(stored.device)[stored.to(torch.int32)]
+    if scale.name == "e4m3_inverse":
+        multiplier = decode_e4m3(stored)
+        return torch.ones_like(multiplier) / multiplier
+    return stored
+
+
 def _interval(magnitude: Tensor, boundaries: tuple[float, ...], closed_right: bool) -> Tensor:
     """uint8 number of boundaries below `magnitude` (or at it, unless closed on the right); NaN counts all.
 
     On a CPU a comparison for each of the few boundaries is several times as fast as a binary search.
     """
-    if magnitude.is_cuda:
+    if magnitude.is_cuda or len(boundaries) > FEW_LEVELS:
         edges = _edges(boundaries, magnitude.device)
         return torch.bucketize(magnitude.contiguous(), edges, right=not closed_right, out_int32=True).to(torch.uint8)
     index = torch.full_like(magnitude, len(boundaries), dtype=torch.uint8)
@@ -130,15 +199,16 @@ def _look_up_pairs(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _with_sign(index: Tensor, u: Tensor, element: ElementFormat) -> Tensor:
-    return index | torch.signbit(u).view(torch.uint8) * 2 ** (element.bits - 1)
+    return index.to(torch.uint8) | torch.signbit(u).view(torch.uint8) * 2 ** (element.bits - 1)
 
 
 @lru_cache(maxsize=64)
-def _nearest_boundaries(element: ElementFormat) -> tuple[float, ...]:
+def _nearest_boundaries(element: ElementFormat, ties: str) -> tuple[float, ...]:
     """Index = number of boundaries strictly below |u|: midpoints, moved one ulp down where a tie must go up."""
     levels = np.array(element.levels, dtype=np.float32)
     mids = (levels[:-1] + levels[1:]) / np.float32(2)
-    tie_goes_up = np.arange(len(mids)) % 2 == 1  # from odd index i to the even index i + 1
+    odd = np.arange(len(mids)) % 2 == 1  # from odd index i to the even index i + 1
+    tie_goes_up = {"even": odd, "away": True, "to_zero": False}[ties]
     down = np.nextafter(mids, np.float32(0))
     return tuple(float(b) for b in np.where(tie_goes_up, down, mids))
 
@@ -160,9 +230,20 @@ def _code_values(element: ElementFormat, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _pair_values(element: ElementFormat, device: torch.device) -> Tensor:
-    values = _code_values(element, torch.device("cpu"))
+    values = torch.zeros(16)  # a nibble that is no code of the element decodes to 0
+    values[: 2**element.bits] = _code_values(element, torch.device("cpu"))
     byte = torch.arange(256)
     return torch.stack((values[byte & 15], values[byte >> 4]), dim=-1).to(device)
+
+
+@lru_cache(maxsize=64)
+def _ue5m3_values(device: torch.device) -> Tensor:
+    """256 values; 61440 is code 0xF7, the codes above it count on and 0xFF is NaN."""
+    code = torch.arange(256)
+    exponent, mantissa = code >> 3, code & 7
+    scaled = (8.0 + mantissa) * torch.exp2(exponent.to(torch.float32) - 18)
+    value = torch.where(exponent == 0, mantissa * 2.0**-17, scaled)
+    return torch.where(code == UE5M3_NAN, float("nan"), value).to(torch.float32).to(device)
 
 
 @lru_cache(maxsize=64)

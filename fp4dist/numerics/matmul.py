@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from fp4dist.numerics.codes import decode_stored
+from fp4dist.numerics.grouping import spread
 from fp4dist.numerics.quantize import carrier
+from fp4dist.numerics.scales import divide
 from fp4dist.numerics.tensor import BlockScaledTensor
 
 Operand = BlockScaledTensor | Tensor
@@ -14,15 +19,28 @@ Operand = BlockScaledTensor | Tensor
 def matmul(a_MK: Operand, b_NK: Operand) -> Tensor:
     """A B^T in fp32: [M, K] x [N, K] -> [M, N].
 
-    Operands are block-scaled or plain (bf16, fp32) tensors. A quantized operand enters as code * scale, which bf16
-    holds exactly; the global scales and the rotation's 1/n multiply the fp32 sum. Two quantized operands must share a
-    rotation.
+    Operands are block-scaled or plain (bf16, fp32) tensors. A quantized operand enters as code * block scale, which
+    bf16 holds exactly for one-byte scales; the scales of the tensor and of whole rows and the rotation's 1/n multiply
+    the fp32 sum. Scales of tiles, and fp32 scales of blocks, cannot leave the sum: they multiply the operand in fp32.
+    An operand of several samples gives the mean of their products. Two quantized operands must share a rotation.
     """
     rotation = _common_rotation(a_MK, b_NK)
-    alpha = _global_scale(a_MK) * _global_scale(b_NK)
     if a_MK.shape[1] != b_NK.shape[1]:
         raise ValueError(f"contracted dimensions differ: {list(a_MK.shape)} and {list(b_NK.shape)}")
-    return _gemm(_exact(a_MK), _exact(b_NK)) * (alpha / rotation)
+    pairs = [(a, b) for a in _samples(a_MK) for b in _samples(b_NK)]
+    total = _product(*pairs[0], rotation)
+    for a, b in pairs[1:]:
+        total = total + _product(a, b, rotation)
+    return total if len(pairs) == 1 else divide(total, float(len(pairs)))
+
+
+def _product(a: Operand, b: Operand, rotation: int) -> Tensor:
+    """[M, N], factors of rows last."""
+    left, right = _factors(a), _factors(b)
+    total = _gemm(left.inner, right.inner) * (left.scale * right.scale / rotation)
+    if left.rows is not None:
+        total = total * left.rows
+    return total if right.rows is None else total * right.rows.t()
 
 
 def _gemm(a: Tensor, b: Tensor) -> Tensor:
@@ -32,15 +50,48 @@ def _gemm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.to(torch.float32), b.to(torch.float32).t())
 
 
-def _exact(operand: Operand) -> Tensor:
+class Factors(NamedTuple):
+    """An operand as inner [R, K] * rows [R, 1] * scale []."""
+
+    inner: Tensor
+    rows: Tensor | None
+    scale: Tensor
+
+
+def _factors(operand: Operand) -> Factors:
     if isinstance(operand, Tensor):
-        return operand
-    values = carrier(operand)
+        return Factors(operand, None, torch.ones((), device=operand.device))
+    q, outer = operand, operand.global_scale
+    if not q.format.scale.bf16_exact:
+        if q.scales.dtype == torch.float32 and q.scales.shape[1] == 1:  # of whole rows, or of the tensor
+            values = decode_stored(q.codes, q.format.element)
+            if q.scales.numel() == 1:
+                return Factors(_narrowed(values), None, q.scales.reshape(()) * outer)
+            return Factors(_narrowed(values), spread(q.scales, (q.shape[0], 1)), outer)
+        return _outside(carrier(q), outer, fp32=True)
+    return _outside(carrier(q), outer, fp32=outer.dim() == 2 and outer.shape[1] > 1)
+
+
+def _outside(values: Tensor, outer: Tensor, *, fp32: bool) -> Factors:
+    """`values` for the GEMM (in fp32 where bf16 would round them), with the outer scale of the tensor or of rows
+    outside and that of tiles inside.
+    """
+    one = torch.ones((), device=values.device)
+    if outer.dim() == 2 and outer.shape[1] > 1:
+        return Factors(values * spread(outer, values.shape), None, one)
+    values = values if fp32 else _narrowed(values)
+    if outer.dim() == 0:
+        return Factors(values, None, outer)
+    return Factors(values, spread(outer, (values.shape[0], 1)), one)
+
+
+def _narrowed(values: Tensor) -> Tensor:
+    """In bf16 where tensor cores can use it; every value is exact there."""
     return values.to(torch.bfloat16) if values.is_cuda else values
 
 
-def _global_scale(operand: Operand) -> Tensor:
-    return torch.ones((), device=operand.device) if isinstance(operand, Tensor) else operand.global_scale
+def _samples(operand: Operand) -> list[Operand]:
+    return [operand] if isinstance(operand, Tensor) else [operand.sample(i) for i in range(operand.samples)]
 
 
 def _common_rotation(a: Operand, b: Operand) -> int:

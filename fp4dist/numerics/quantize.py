@@ -1,12 +1,13 @@
 """THE pipeline: rotate -> amax -> scale -> round -> pack, and back.
 
-Every tensor is a matrix [R, C] whose last dimension the GEMM contracts. `reduce_max` turns a shard's amax into the
-logical tensor's (a MAX all-reduce over the tensor-parallel group); without it the tensor is taken to be whole.
+Every tensor is a matrix [R, C] whose last dimension the GEMM contracts. `reduce_max` turns a shard's statistics into
+the logical tensor's (a MAX all-reduce, elementwise, over the ranks that hold its parts); without it the tensor is taken
+to be whole. A block of fixed size is always whole on its rank, so only scales of rows and of the tensor ask for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,12 +15,11 @@ from torch import Tensor
 
 from fp4dist.numerics import codes as c
 from fp4dist.numerics import rng, scales
+from fp4dist.numerics.grouping import Grouping, ReduceMax, block_amax, blocked, flat, spread, tree_sum
 from fp4dist.numerics.rotation import rotate
 from fp4dist.numerics.tensor import BlockScaledTensor, Key
-from fp4dist.spec.blocks import AbsMax, Eden, Floor, FourOverSix, Nearest
+from fp4dist.spec.blocks import Ceil, Eden, Floor, FourOverSix, MseSearch, Nearest, Quest
 from fp4dist.spec.recipe import QuantSpec
-
-ReduceMax = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()  # how gradients pass a quantizer is the business of `fp4dist.nn`
@@ -30,8 +30,8 @@ def quantize(
 
     x_RC        [R, C] bf16 or fp32; R a multiple of the block's rows, C of its columns and of the rotation size
     key         required when the spec draws noise or fresh signs
-    reduce_max  maps the shard's amax ([] fp32) to the logical tensor's
-    returns     codes [R, C/2], scales [R/br, C/bc], global_scale []
+    reduce_max  elementwise maximum over the shards of the logical tensor, of an fp32 tensor of any shape
+    returns     codes, scales and global_scale as BlockScaledTensor describes them
 
     Guarantee: nearest rounding is within half a step of the element grid times the block's scale unless it saturates;
     stochastic rounding has E[value] = x for every x inside the block's range; a NaN or Inf makes every value NaN
@@ -41,18 +41,27 @@ def quantize(
     x = x_RC.to(torch.float32)
     if spec.rotation is not None:
         x = rotate(x, spec.rotation, key)
+    grouping = Grouping.of(x, spec, key, reduce_max)
     if isinstance(spec.rounding, Eden):
-        quantized = _eden(x, spec, spec.rounding, _needed(key), reduce_max)
+        quantized = _eden(x, spec, spec.rounding, _needed(key), grouping)
     elif isinstance(spec.rule, FourOverSix):
-        quantized = _four_over_six(x, spec, spec.rule, key, reduce_max)
+        quantized = _best_of(x, spec, (1.0, 1.5), spec.rule.metric, key, grouping)  # s4 = E4M3(1.5 a_b / (6 g))
+    elif isinstance(spec.rule, MseSearch):
+        shrink = (1.0 - spec.rule.lowest) / spec.rule.steps
+        quantized = _best_of(x, spec, [1.0 - i * shrink for i in range(spec.rule.steps + 1)], "mse", key, grouping)
     else:
-        quantized = _plain(x, spec, key, reduce_max)
+        quantized = _plain(x, spec, key, grouping)
     return replace(quantized, rotation=spec.rotation.size if spec.rotation else 1)
 
 
+@torch.no_grad()
 def dequantize(q: BlockScaledTensor) -> Tensor:
-    """[R, C] fp32 values code * scale * global_scale / sqrt(rotation), in the rotated basis."""
-    return carrier(q) * (q.global_scale * q.rotation**-0.5)
+    """[R, C] fp32 values code * scale * global_scale / sqrt(rotation), in the rotated basis; of samples their mean."""
+    factor = spread(q.global_scale * q.rotation**-0.5, q.shape)
+    total = carrier(q.sample(0)) * factor
+    for i in range(1, q.samples):
+        total = total + carrier(q.sample(i)) * factor
+    return total if q.samples == 1 else scales.divide(total, float(q.samples))
 
 
 def requantize(
@@ -65,91 +74,82 @@ def requantize(
 
 
 def carrier(q: BlockScaledTensor) -> Tensor:
-    """[R, C] fp32 code * scale: exact, also in bf16 (E2M1 x E4M3 has at most 6 significant bits)."""
-    decode = c.decode_e4m3 if q.format.scale.name == "e4m3" else c.decode_e8m0
-    blocks = _blocked(c.decode_packed(q.codes, q.format.element), q.block)
-    return _flat(blocks * decode(q.scales)[:, None, :, None])
+    """[R, C] fp32 code * scale, of one sample: exact, also in bf16, where the scale format says so."""
+    decoded = c.decode_scale(q.scales, q.format.scale)
+    return flat(blocked(c.decode_stored(q.codes, q.format.element), q.block) * decoded[:, None, :, None])
 
 
-def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
-    """[R, C] -> [R/br, C/bc] max |x| of each block."""
-    return _blocked(x.abs(), block).amax(dim=(1, 3))
+def _plain(x: Tensor, spec: QuantSpec, key: Key | None, grouping: Grouping) -> BlockScaledTensor:
+    """One scale for each block from its amax or moments."""
+    power = isinstance(spec.rule, (Floor, Ceil)) or (isinstance(spec.rule, Quest) and spec.format.scale.name == "e8m0")
+    chosen = scales.power_of_two_scales(x, spec, grouping) if power else scales.ladder(x, spec, grouping).at()
+    if isinstance(spec.rule, Floor):  # headroom acts after the scale is chosen
+        x = x * scales.fp32(1.0 / spec.rule.headroom)
+    u = _scaled(x, chosen.multiplier, spec, grouping)
+    draws = [_round(u, spec, key and key.sample(i)) for i in range(spec.samples)]
+    codes = c.stored(draws[0] if len(draws) == 1 else torch.cat(draws, dim=1), spec.format.element)
+    return BlockScaledTensor(
+        codes, chosen.stored, chosen.global_scale, spec.format, grouping.block, samples=spec.samples
+    )
 
 
-def tree_sum(x: Tensor, block: tuple[int, int]) -> Tensor:
-    """[R, C] -> [R/br, C/bc] sums over blocks: adjacent pairs, columns before rows, so every backend rounds alike."""
-    blocks = _blocked(x, block)
-    while blocks.shape[3] > 1:
-        blocks = blocks[..., 0::2] + blocks[..., 1::2]
-    while blocks.shape[1] > 1:
-        blocks = blocks[:, 0::2] + blocks[:, 1::2]
-    return blocks[:, 0, :, 0]
-
-
-def _plain(x: Tensor, spec: QuantSpec, key: Key | None, reduce_max: ReduceMax | None) -> BlockScaledTensor:
-    """One scale for each block from its amax."""
-    a_b = block_amax(x, spec.shape)
-    if isinstance(spec.rule, AbsMax):
-        v = scales.target_max(spec.format.element.max, spec.rule.headroom)
-        chosen = scales.e4m3_scales(a_b, _logical_amax(a_b, reduce_max), spec.rule.budget, v)
-    else:
-        chosen = scales.e8m0_scales(a_b, spec.rule)  # type: ignore[arg-type] (FourOverSix went elsewhere)
-        if isinstance(spec.rule, Floor):  # headroom acts after the scale is chosen
-            x = x * scales.fp32(1.0 / spec.rule.headroom)
-    codes = _round(_scaled(x, chosen.multiplier, spec), spec, key)
-    return BlockScaledTensor(c.pack(codes), chosen.bytes, chosen.global_scale, spec.format, spec.shape)
-
-
-def _four_over_six(
-    x: Tensor, spec: QuantSpec, rule: FourOverSix, key: Key | None, reduce_max: ReduceMax | None
+def _best_of(
+    x: Tensor, spec: QuantSpec, stretches: Sequence[float], metric: str, key: Key | None, grouping: Grouping
 ) -> BlockScaledTensor:
-    """Quantize with amax -> 6 and with amax -> 4, keep for each block what has strictly less error (a tie keeps 6)."""
-    v = scales.target_max(spec.format.element.max, rule.headroom)
-    a_b = block_amax(x, spec.shape)
-    s_enc, s_dec = scales.global_encode(_logical_amax(a_b, reduce_max), rule.budget, v)
-    raw = scales.raw_e4m3_scale(a_b, s_enc, v)
-    tries = []
-    for stretch, draw in ((1.0, key), (1.5, key and key.second_try())):  # s4 = E4M3(1.5 a_b / (6 g))
-        scale_bytes = c.encode_e4m3(raw * stretch)
-        codes = _round(_scaled(x, scales.encode_multiplier(scale_bytes, s_enc), spec), spec, draw)
-        tried = BlockScaledTensor(c.pack(codes), scale_bytes, scales.divide(1.0, s_enc), spec.format, spec.shape)
-        tries.append((codes, scale_bytes, _block_error(x, tried, rule)))
-    (codes6, bytes6, error6), (codes4, bytes4, error4) = tries
-    four = error4 < error6
-    wide = _flat(four[:, None, :, None].expand(-1, spec.shape[0], -1, spec.shape[1]))
-    codes = torch.where(wide, codes4, codes6)
-    return BlockScaledTensor(c.pack(codes), torch.where(four, bytes4, bytes6), s_dec, spec.format, spec.shape)
+    """Quantize with the scale times each of `stretches`, keep for each block what has strictly less error than all
+    before. Under noise (two stretches at most) the draws are independent.
+    """
+    ladder = scales.ladder(x, spec, grouping)
+    unit = scales.divide(1.0, ladder.s_enc)  # finite where the outer scale is not
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for i, stretch in enumerate(stretches):
+        chosen = ladder.at(stretch)
+        codes = _round(_scaled(x, chosen.multiplier, spec, grouping), spec, key and (key.second_try() if i else key))
+        stored = c.stored(codes, spec.format.element)
+        tried = BlockScaledTensor(stored, chosen.stored, unit, spec.format, grouping.block)
+        error = _block_error(x - carrier(tried) * spread(unit, x.shape), metric, grouping)
+        if best is None:
+            best = codes, chosen.stored, error
+            continue
+        better = error < best[2]
+        best = (
+            torch.where(spread(better, x.shape), codes, best[0]),
+            torch.where(better, chosen.stored, best[1]),
+            torch.where(better, error, best[2]),
+        )
+    assert best is not None
+    return BlockScaledTensor(c.stored(best[0], spec.format.element), best[1], ladder.s_dec, spec.format, grouping.block)
 
 
-def _block_error(x: Tensor, tried: BlockScaledTensor, rule: FourOverSix) -> Tensor:
+def _block_error(difference: Tensor, metric: str, grouping: Grouping) -> Tensor:
     """[R/br, C/bc] error of each block on the unscaled values."""
-    difference = x - carrier(tried) * tried.global_scale
-    if rule.metric == "mse":
-        return tree_sum(difference * difference, tried.block)
-    if rule.metric == "mae":
-        return tree_sum(difference.abs(), tried.block)
-    return block_amax(difference, tried.block)
+    if metric == "mse":
+        return grouping.total(difference * difference)
+    if metric == "mae":
+        return grouping.total(difference.abs())
+    return grouping.amax(difference)
 
 
-def _eden(y: Tensor, spec: QuantSpec, eden: Eden, key: Key, reduce_max: ReduceMax | None) -> BlockScaledTensor:
+def _eden(y: Tensor, spec: QuantSpec, eden: Eden, key: Key, grouping: Grouping) -> BlockScaledTensor:
     """Nearest codes, then the block scale times S = <u,u>/<u,c>, rounded stochastically in E4M3 (arXiv:2601.22813)."""
     v = scales.target_max(spec.format.element.max, eden.headroom)
     a_b = block_amax(y, spec.shape)
     if eden.align == "pre":
-        s_enc, s_dec = scales.global_encode(_logical_amax(a_b, reduce_max), eden.budget, v)
-        scale_bytes = c.encode_e4m3(scales.raw_e4m3_scale(a_b, s_enc, v))
-        multiplier = torch.where(scale_bytes == 0, 0.0, scales.encode_multiplier(scale_bytes, s_enc))
-        u = _flat(_blocked(y, spec.shape) * multiplier[:, None, :, None])
+        s_enc, s_dec = scales.global_encode(grouping.outer_amax(a_b), eden.budget, v)
+        scale_bytes = c.encode_e4m3(scales.raw_scale(a_b, s_enc, v))
+        multiplier = scales.encode_multiplier(scale_bytes, s_enc, spec.format.scale)
+        multiplier = torch.where(scale_bytes == 0, 0.0, multiplier)
+        u = flat(blocked(y, spec.shape) * multiplier[:, None, :, None])
         relative_scale = c.decode_e4m3(scale_bytes)
     else:
         s_dec = None
         q = scales.divide(a_b, v)
-        u = _flat(_blocked(y, spec.shape) * scales.guarded_reciprocal(q)[:, None, :, None])
+        u = flat(blocked(y, spec.shape) * scales.guarded_reciprocal(q)[:, None, :, None])
         relative_scale = q
     codes = c.encode_nearest(u, spec.format.element)
     corrected = relative_scale * _correction(u, codes, spec)
     if s_dec is None:
-        s_dec = scales.divide(_logical_amax(corrected, reduce_max), eden.budget)
+        s_dec = scales.divide(grouping.outer_amax(corrected), eden.budget)
         corrected = corrected / torch.where(s_dec == 0, 1.0, s_dec)
         s_dec = torch.where(s_dec.isfinite(), torch.where(s_dec == 0, 1.0, s_dec), float("nan"))
     noise = rng.scale_noise(corrected.shape, key, spec.shape[1], y.device)
@@ -167,31 +167,14 @@ def _correction(u: Tensor, codes: Tensor, spec: QuantSpec) -> Tensor:
 def _round(u: Tensor, spec: QuantSpec, key: Key | None) -> Tensor:
     """[R, C] codes, one a byte."""
     if isinstance(spec.rounding, Nearest):
-        return c.encode_nearest(u, spec.format.element)
+        return c.encode_nearest(u, spec.format.element, spec.rounding.ties)
     noise = rng.element_noise(u.shape, _needed(key), u.device)
     return c.encode_stochastic(u, spec.format.element, noise)
 
 
-def _scaled(x: Tensor, multiplier: Tensor, spec: QuantSpec) -> Tensor:
+def _scaled(x: Tensor, multiplier: Tensor, spec: QuantSpec, grouping: Grouping) -> Tensor:
     limit = spec.format.element.max
-    return _flat((_blocked(x, spec.shape) * multiplier[:, None, :, None]).clamp_(-limit, limit))
-
-
-def _logical_amax(block_values: Tensor, reduce_max: ReduceMax | None) -> Tensor:
-    """[] amax of the logical tensor; NaN is made Inf first, because MAX all-reduces lose NaN."""
-    amax = block_values.amax().nan_to_num(nan=float("inf"), posinf=float("inf"))
-    return reduce_max(amax) if reduce_max is not None else amax
-
-
-def _blocked(x: Tensor, block: tuple[int, int]) -> Tensor:
-    """[R, C] -> [R/br, br, C/bc, bc]."""
-    rows, columns = block
-    return x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
-
-
-def _flat(blocks: Tensor) -> Tensor:
-    """[R/br, br, C/bc, bc] -> [R, C]."""
-    return blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
+    return flat((blocked(x, grouping.block) * multiplier[:, None, :, None]).clamp_(-limit, limit))
 
 
 def _needed(key: Key | None) -> Key:
@@ -201,7 +184,7 @@ def _needed(key: Key | None) -> Key:
 
 
 def _check(x: Tensor, spec: QuantSpec, key: Key | None) -> None:
-    rows, _ = spec.shape
+    rows = spec.rows_multiple
     if x.dim() != 2:
         raise ValueError(f"expected a matrix [R, C], got shape {list(x.shape)}; flatten the leading dimensions")
     if x.dtype not in (torch.bfloat16, torch.float32):

@@ -46,7 +46,7 @@ def words(index: Tensor, key: Key) -> Tensor:
 
 
 def element_noise(shape: torch.Size, key: Key, device: torch.device) -> Tensor:
-    """[R, C] int32 in [0, 2**16): one half-word per element of this shard. C, column offset multiples of 8."""
+    """[R, C] int32 in [0, 2**16): one half-word per element of this shard. Its column runs: multiples of 8."""
     drawn = words(_indices(shape, key, 8, device), key)
     halves = drawn.to(torch.int32).view(torch.int16)  # little-endian: the low half of each word comes first
     return halves.reshape(shape).to(torch.int32) & 0xFFFF
@@ -55,8 +55,9 @@ def element_noise(shape: torch.Size, key: Key, device: torch.device) -> Tensor:
 def scale_noise(blocks: torch.Size, key: Key, block_columns: int, device: torch.device) -> Tensor:
     """[R, C/block] int64 in [0, 2**32): one word per block of this shard."""
     width = (key.columns or blocks[1] * block_columns) // block_columns
-    in_blocks = replace(key, column=key.column // block_columns, columns=width)
-    if not (width // key.column_pieces % 4 or in_blocks.column % 4 or blocks[1] // key.column_pieces % 4):
+    starts = tuple(start // block_columns for start in key.column_runs)
+    in_blocks = replace(key, column_runs=starts, columns=width)
+    if not any(n % 4 for n in (width, blocks[1] // len(starts), *starts)):
         return words(_indices(blocks, in_blocks, 4, device), key).reshape(blocks)  # one counter serves four blocks
     flat = _indices(blocks, in_blocks, 1, device)
     drawn = words(flat // 4, key)
@@ -78,13 +79,14 @@ def _indices(shape: torch.Size, key: Key, group: int, device: torch.device) -> T
     """[R, C/group]: counter index of each group of elements."""
     rows, columns = shape
     width = (key.columns or columns) // group
-    row = _positions(rows, key.row, key.rows or rows, key.row_pieces, device)
-    column = _positions(columns // group, key.column // group, width, key.column_pieces, device)
+    row = _positions(rows, key.row_runs, device)
+    column = _positions(columns // group, tuple(start // group for start in key.column_runs), device)
     return row[:, None] * width + column
 
 
-def _positions(length: int, start: int, total: int, pieces: int, device: torch.device) -> Tensor:
-    """[length] global positions of a shard's rows or columns: a run from each of `pieces` stretches of `total`."""
-    run = start + torch.arange(length // pieces, device=device)
-    stretch = torch.arange(pieces, device=device) * (total // pieces)
-    return (stretch[:, None] + run).reshape(-1)
+def _positions(length: int, starts: tuple[int, ...], device: torch.device) -> Tensor:
+    """[length] global positions of a shard's rows or columns, which are equal runs from `starts`."""
+    if length % len(starts):
+        raise ValueError(f"{length} rows or columns are not {len(starts)} equal runs")
+    run = length // len(starts)
+    return torch.cat([torch.arange(start, start + run, device=device) for start in starts])

@@ -37,15 +37,17 @@ def sign_vector(rotation: Hadamard, key: Key | None, device: torch.device) -> Te
     if rotation.signs == "none":
         return None
     if rotation.signs == "fixed":
-        return _fixed_signs(device)
+        return _fixed_signs(rotation, device)
     if key is None:
         raise ValueError("a rotation with fresh signs needs a key")
     return random_signs(rotation.size, key.signs(), device)
 
 
-@lru_cache(maxsize=8)
-def _fixed_signs(device: torch.device) -> Tensor:
-    return torch.tensor(FIXED_SIGNS, dtype=torch.float32, device=device)
+@lru_cache(maxsize=64)
+def _fixed_signs(rotation: Hadamard, device: torch.device) -> Tensor:
+    mask = rotation.mask
+    signs = FIXED_SIGNS if mask is None else [-1 if mask >> i & 1 else 1 for i in range(rotation.size)]
+    return torch.tensor(signs, dtype=torch.float32, device=device)
 
 
 def rotate(x: Tensor, rotation: Hadamard, key: Key | None) -> Tensor:

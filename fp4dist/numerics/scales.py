@@ -1,12 +1,13 @@
-"""Scale rules: block amax -> stored scale byte, multiplier into the element's range, global decode scale.
+"""Scale rules: block statistics -> stored scale, multiplier into the element's range, global decode scale.
 
 NVFP4 arithmetic, for any budget M and target v = 6 / headroom, each operation rounded in fp32 in this order:
 
     S_enc = min(M v / A, FLT_MAX)         A = amax of the logical tensor; S_enc = 1 where A is 0 or S_enc is 0
-    s     = E4M3(min(a_b (S_enc (1/v)), 448))
+    s     = E4M3(min(a_b (S_enc (1/v)), 448))      (or UE5M3; e4m3_inverse keeps 1/s)
     enc   = min(1 / (s (1/S_enc)), FLT_MAX)
     value = code * s * (1/S_enc)
 
+S_enc belongs to the tensor, or to each row or tile of it: what the outer level says. Without one it is 1.
 With M = 448, v = 6 this is Transformer Engine's quantizer bit for bit. A non-finite A makes the global scale NaN, so
 that every value decodes to NaN and the step is skipped instead of being trained on.
 """
@@ -19,20 +20,55 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fp4dist.numerics.codes import decode_e4m3, decode_e8m0, encode_e4m3
-from fp4dist.spec.blocks import Ceil, Floor
+from fp4dist.numerics.codes import decode_e8m0, decode_scale, encode_scale
+from fp4dist.numerics.grouping import Grouping, spread, tree_sum
+from fp4dist.spec.blocks import AbsMax, Ceil, Floor, FourOverSix, MseSearch, Quest, Sawb, ScaleRule
+from fp4dist.spec.formats import ElementFormat, ScaleFormat
+from fp4dist.spec.recipe import QuantSpec
 
 FLT_MAX = float(np.finfo(np.float32).max)
 FLT_MIN = float(np.finfo(np.float32).tiny)  # smallest normal number
 
 
+QUEST_E2M1 = 0.4870798  # 2.92247856 / 6: the step that is best for N(0, 1) on E2M1
+SAWB_INT4 = (12.1, 12.2)
+SQRT2_MANTISSA = 0x3504F3  # of the largest fp32 below sqrt 2, the middle of two powers of two on a logarithmic axis
+
+
 @dataclass(frozen=True, slots=True)
 class BlockScales:
-    """What a scale rule decides. bytes, multiplier: [R/br, C/bc]; global_scale: []. u = x * multiplier."""
+    """What a scale rule decides. u = x * multiplier.
 
-    bytes: Tensor
+    stored        [R/br, C/bc] bytes or fp32, as a BlockScaledTensor keeps them
+    multiplier    [R/br, C/bc] fp32
+    global_scale  [], or one for each row or tile
+    """
+
+    stored: Tensor
     multiplier: Tensor
     global_scale: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleLadder:
+    """Scales before they are rounded: `at(stretch)` stores them, stretched.
+
+    raw     [R/br, C/bc] decode scales in units of the outer scale
+    s_enc   [] or [R/br, C/bc]: the encoder's outer factor; s_dec   [] or one for each row or tile: the decoder's
+    """
+
+    raw: Tensor
+    s_enc: Tensor
+    s_dec: Tensor
+    format: ScaleFormat
+    nonzero: bool = False
+
+    def at(self, stretch: float = 1.0) -> BlockScales:
+        """The scales times `stretch`, rounded as the format stores them."""
+        stored = encode_scale(self.raw * stretch if stretch != 1 else self.raw, self.format)
+        if self.nonzero:
+            stored = stored.clamp(min=1)
+        return BlockScales(stored, encode_multiplier(stored, self.s_enc, self.format), self.s_dec)
 
 
 def fp32(value: float) -> float:
@@ -60,43 +96,117 @@ def _device(*values: Tensor | float) -> torch.device:
 
 
 def global_encode(amax: Tensor, budget: float, v: float) -> tuple[Tensor, Tensor]:
-    """(S_enc, 1/S_enc) of a tensor with amax A []; the second is the global decode scale, NaN when A is not finite."""
+    """(S_enc, 1/S_enc) for an amax A of any shape; the second is the global decode scale, NaN where A is not finite."""
     s_enc = divide(fp32(fp32(budget) * v), amax).clamp(max=FLT_MAX)
     s_enc = torch.where((amax == 0) | (s_enc == 0), 1.0, s_enc)
     return s_enc, torch.where(amax.isfinite(), divide(1.0, s_enc), float("nan"))
 
 
-def raw_e4m3_scale(block_amax: Tensor, s_enc: Tensor, v: float) -> Tensor:
-    """a_b (S_enc (1/v)): the block scale before it is rounded to E4M3."""
+def raw_scale(block_amax: Tensor, s_enc: Tensor, v: float) -> Tensor:
+    """a_b (S_enc (1/v)): the block scale before it is rounded."""
     return block_amax * (s_enc * fp32(1.0 / v))
 
 
-def encode_multiplier(scale_bytes: Tensor, s_enc: Tensor) -> Tensor:
+def encode_multiplier(stored: Tensor, s_enc: Tensor, scale: ScaleFormat) -> Tensor:
     """min(1 / (s (1/S_enc)), FLT_MAX) from the *rounded* scale."""
-    return divide(1.0, decode_e4m3(scale_bytes) * divide(1.0, s_enc)).clamp(max=FLT_MAX)
+    return divide(1.0, decode_scale(stored, scale) * divide(1.0, s_enc)).clamp(max=FLT_MAX)
 
 
-def e4m3_scales(block_amax: Tensor, amax: Tensor, budget: float, v: float) -> BlockScales:
-    """Two-level scales: E4M3 for each block, one fp32 for the tensor."""
-    s_enc, s_dec = global_encode(amax, budget, v)
-    scale_bytes = encode_e4m3(raw_e4m3_scale(block_amax, s_enc, v))
-    return BlockScales(scale_bytes, encode_multiplier(scale_bytes, s_enc), s_dec)
+def ladder(x: Tensor, spec: QuantSpec, grouping: Grouping) -> ScaleLadder:
+    """The scales that a rule other than a power of two wants for [R, C] `x`."""
+    rule = spec.rule
+    if isinstance(rule, (Quest, Sawb)):
+        return _ladder_of_steps(_steps(x, spec, rule, grouping), spec, grouping)
+    assert isinstance(rule, (AbsMax, FourOverSix, MseSearch))
+    v = target_max(spec.format.element.max, getattr(rule, "headroom", 1.0))
+    a_b = grouping.amax(x)
+    if not spec.format.scale.needs_range:
+        return _ladder_of_steps(divide(a_b, v), spec, grouping)
+    nonzero = isinstance(rule, AbsMax) and rule.nonzero
+    if spec.above == "none":
+        one = torch.ones((), device=x.device)
+        raw = torch.where(a_b.isfinite(), raw_scale(a_b, one, v), float("nan"))
+        return ScaleLadder(raw, one, one, spec.format.scale, nonzero)
+    s_enc, s_dec = global_encode(grouping.outer_amax(a_b), rule.budget, v)
+    s_enc = spread(s_enc, a_b.shape)
+    return ScaleLadder(raw_scale(a_b, s_enc, v), s_enc, s_dec, spec.format.scale, nonzero)
 
 
-def e8m0_scales(block_amax: Tensor, rule: Floor | Ceil) -> BlockScales:
-    """Power-of-two scales from the exponent and mantissa bits of the block amax.
+def _ladder_of_steps(step: Tensor, spec: QuantSpec, grouping: Grouping) -> ScaleLadder:
+    """From the size of one step of the grid: kept in fp32 (1 where it is 0), or relative to the largest."""
+    one = torch.ones((), device=step.device)
+    if spec.format.scale.name == "fp32":
+        kept = torch.where(step == 0, 1.0, torch.where(step.isfinite(), step, float("nan")))
+        return ScaleLadder(kept, one, one, spec.format.scale)
+    assert isinstance(spec.rule, Quest)
+    if spec.above == "none":
+        return ScaleLadder(step, one, one, spec.format.scale)
+    s_enc, s_dec = global_encode(grouping.outer_amax(step), spec.rule.budget, 1.0)
+    s_enc = spread(s_enc, step.shape)
+    return ScaleLadder(step * s_enc, s_enc, s_dec, spec.format.scale)
 
-    floor: 2^(floor(log2 a) - 2); ceil: 2^ceil(log2(a / 6)), one more exactly where a's mantissa exceeds 1.5.
-    A non-finite amax gives the byte 255 (NaN).
+
+def _steps(x: Tensor, spec: QuantSpec, rule: Quest | Sawb, grouping: Grouping) -> Tensor:
+    """[R/br, C/bc] size of one step of the grid, from the moments of each block."""
+    amax, n = grouping.amax(x), float(grouping.count())
+    unit = decode_e8m0(_power_below(amax))
+    x = x * spread(divide(1.0, unit), x.shape)  # exact, and squares neither overflow nor vanish
+    if isinstance(rule, Sawb):
+        c1, c2 = SAWB_INT4 if rule.rms is None or rule.mean_abs is None else (rule.rms, rule.mean_abs)
+        rms = divide(grouping.total(x * x), n).sqrt()
+        clip = (rms * fp32(c1) - divide(grouping.total(x.abs()), n) * fp32(c2)) * unit
+        return divide(torch.where(clip > 0, clip, amax), spec.format.element.max)
+    if rule.spread == "std":
+        x = x - spread(divide(tree_sum(x, grouping.block), n), x.shape)
+    factor = fp32(QUEST_E2M1 if rule.factor is None else rule.factor)
+    return divide(grouping.total(x * x), n).sqrt() * factor * unit
+
+
+def _power_below(positive: Tensor) -> Tensor:
+    """uint8 exponent + 127 of 2^floor(log2 positive); 255 where it is not finite."""
+    return ((positive.view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
+
+
+def power_of_two_scales(x: Tensor, spec: QuantSpec, grouping: Grouping) -> BlockScales:
+    """Power-of-two scales, from exponent and mantissa bits; as E8M0 bytes or in fp32.
+
+    floor: 2^(floor(log2 a) - e) with e the exponent of the element's maximum m; ceil: 2^ceil(log2(a / m)), one more
+    exactly where a's mantissa exceeds m's, or 2^ceil(log2 a) and 1/m for all; quest: the power below its
+    step or nearest to it.
+    A non-finite block gives NaN (byte 255).
     """
-    bits = block_amax.view(torch.int32)
-    exponent = bits >> 23
-    byte = exponent - 2
-    if isinstance(rule, Ceil):
-        byte = byte + ((bits & 0x7FFFFF) > 0x400000).to(torch.int32)
-    byte = torch.where(exponent == 255, 255, byte.clamp(0, 254)).to(torch.uint8)
-    headroom = fp32(rule.headroom) if isinstance(rule, Floor) else 1.0
-    return BlockScales(byte, divide(1.0, decode_e8m0(byte)), torch.full((), headroom, device=block_amax.device))
+    rule, element = spec.rule, spec.format.element
+    found = _steps(x, spec, rule, grouping) + 1e-8 if isinstance(rule, Quest) else grouping.amax(x)
+    byte = _exponent_byte(found, rule, element)
+    if isinstance(rule, Ceil) and rule.finer_below:
+        share = found * divide(1.0, decode_e8m0(byte))
+        byte = byte - ((share < fp32(rule.finer_below)) & (byte > 0)).to(torch.uint8)
+    scale = decode_e8m0(byte)
+    multiplier, common = divide(1.0, scale), 1.0
+    if isinstance(rule, Floor):
+        common = fp32(rule.headroom)
+    elif isinstance(rule, Ceil) and rule.of == "amax":
+        multiplier, common = multiplier * element.max, fp32(1.0 / element.max)
+    stored = byte if spec.format.scale.name == "e8m0" else scale
+    return BlockScales(stored, multiplier.clamp(max=FLT_MAX), torch.full((), common, device=x.device))
+
+
+def _exponent_byte(found: Tensor, rule: ScaleRule, element: ElementFormat) -> Tensor:
+    """uint8 exponent + 127 of the power of two that `rule` takes for a block's amax or step."""
+    bits = found.view(torch.int32)
+    exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7FFFFF
+    byte = exponent
+    if isinstance(rule, Quest):
+        if rule.power == "nearest":
+            byte = byte + (mantissa > SQRT2_MANTISSA).to(torch.int32)
+    elif isinstance(rule, Ceil) and rule.of == "amax":
+        byte = byte + (mantissa > 0).to(torch.int32)
+    else:
+        byte = byte - element.exponent
+        if isinstance(rule, Ceil):
+            top = int(np.float32(element.max).view(np.int32)) & 0x7FFFFF
+            byte = byte + (mantissa > top).to(torch.int32)
+    return torch.where(exponent == 255, 255, byte.clamp(0, 254)).to(torch.uint8)
 
 
 def guarded_reciprocal(d: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ class Stream(IntEnum):
     ROUNDING = 0
     SIGNS = 1
     SECOND_TRY = 2  # of a quantizer that rounds twice and keeps one result
+    MORE_SAMPLES = 3  # of a quantizer that averages several draws: 3 for the second of them, 4 for the third ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +28,11 @@ class Key:
     micro_batch   global micro-batch index, data-parallel rank included
     slot          index into `fp4dist.spec.recipe.SLOTS`
     stream        what the noise is for, or which of several independent draws
-    row, column   where this shard starts in the global operand
+    row_runs, column_runs
+                  where this shard's rows and columns begin in the global operand: one position where it is one run of
+                  them; several where it is as many equal runs, in this order (SwiGLU's first linear: its part of gate,
+                  then its part of up; context parallelism: an early and a late piece of the sequence)
     rows, columns the global operand's size; None: as many as the shard has
-    row_pieces, column_pieces
-                  a shard may be several equal runs, one from each of as many stretches of the global dimension, and
-                  starts at `row` or `column` of each (SwiGLU's first linear: its part of gate, then its part of up)
     """
 
     seed: int = 0
@@ -40,16 +41,18 @@ class Key:
     micro_batch: int = 0
     slot: int = 0
     stream: int = Stream.ROUNDING
-    row: int = 0
-    column: int = 0
+    row_runs: tuple[int, ...] = (0,)
+    column_runs: tuple[int, ...] = (0,)
     rows: int | None = None
     columns: int | None = None
-    row_pieces: int = 1
-    column_pieces: int = 1
 
     def second_try(self) -> Key:
         """The key of a second, independent draw."""
         return replace(self, stream=Stream.SECOND_TRY)
+
+    def sample(self, index: int) -> Key:
+        """The key of draw number `index` of several; the first is this key."""
+        return self if index == 0 else replace(self, stream=Stream.MORE_SAMPLES + index - 1)
 
     def signs(self) -> Key:
         """The key of the rotation's signs: one per GEMM, so that both operands share it."""
@@ -61,10 +64,12 @@ class Key:
 class BlockScaledTensor:
     """A matrix as codes and decode scales. Scales are in logical order; a hardware swizzle is the kernel's business.
 
-    codes         [R, C/2] uint8, element 2j in the low nibble, 2j+1 in the high one
-    scales        [R/br, C/bc] uint8, E4M3 or E8M0 bytes
-    global_scale  [] fp32
+    codes         [R, C/2] uint8, element 2j in the low nibble, 2j+1 in the high one; [R, C] for elements above 4 bits
+    scales        [R/br, C/bc] uint8 bytes, or fp32
+    global_scale  [] fp32, or [m, n]: one for each of m x n equal tiles of the matrix ([R, 1]: one a row)
+    block         the rows and columns that share a scale, as numbers: [1, C] where a row has one scale
     rotation      size n of the Hadamard groups along C, 1 for none; codes then hold the *unnormalized* rotation
+    samples       independent draws of the same matrix, side by side in `codes`; scales and shape are those of one
 
     Invariant: value = decode(code) * decode(scale) * global_scale / sqrt(rotation), in the rotated basis.
     """
@@ -75,11 +80,20 @@ class BlockScaledTensor:
     format: Format
     block: tuple[int, int]
     rotation: int = 1
+    samples: int = 1
 
     @property
     def shape(self) -> torch.Size:
         """[R, C]."""
-        return torch.Size((self.codes.shape[0], self.codes.shape[1] * 2))
+        rows, width = self.codes.shape
+        return torch.Size((rows, width * (2 if self.format.element.packed else 1) // self.samples))
+
+    def sample(self, index: int) -> BlockScaledTensor:
+        """Draw number `index` alone."""
+        if self.samples == 1:
+            return self
+        width = self.codes.shape[1] // self.samples
+        return replace(self, codes=self.codes[:, index * width : (index + 1) * width], samples=1)
 
     @property
     def nbytes(self) -> int:
@@ -87,9 +101,16 @@ class BlockScaledTensor:
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.global_scale))
 
     def transpose(self) -> BlockScaledTensor:
-        """The transposed matrix with the same values: for square blocks without rotation; codes are only moved."""
-        if self.block[0] != self.block[1] or self.rotation != 1:
+        """The transposed matrix with the same values: for square blocks, or one scale for all, without rotation; codes
+        are only moved.
+        """
+        one_scale = self.scales.numel() == 1
+        turns = (one_scale or self.block[0] == self.block[1]) and self.global_scale.dim() == 0
+        if not turns or self.rotation != 1 or self.samples != 1:
             raise ValueError(f"codes with block {self.block} and rotation {self.rotation} cannot be read transposed")
+        scales = self.scales.t().contiguous()
+        if not self.format.element.packed:
+            return replace(self, codes=self.codes.t().contiguous(), scales=scales, block=self.block[::-1])
         nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(-2).t()
         pairs = nibbles.reshape(nibbles.shape[0], -1, 2)
-        return replace(self, codes=pairs[..., 0] | pairs[..., 1] << 4, scales=self.scales.t().contiguous())
+        return replace(self, codes=pairs[..., 0] | pairs[..., 1] << 4, scales=scales, block=self.block[::-1])

@@ -140,6 +140,11 @@ def _union(args: tuple[Any, ...], value: Any, path: str) -> Any:
         if not isinstance(kind, str) or kind not in tags:
             raise _error(_join(path, "kind"), f"{kind!r} is not one of {', '.join(tags)}", str(kind), tags)
         return build(tags[kind], value, path)
+    words = [word for t in args if get_origin(t) is Literal for word in get_args(t)]  # `row`, where a list could stand
+    if words and isinstance(value, str):
+        if value not in words:
+            raise _error(path, f"{value!r} is neither a list nor one of {', '.join(words)}", value, words)
+        return value
     target = next(t for t in args if t is not NONE)
     if value == HIGH_PRECISION and NONE in args and hasattr(target, "SHORTHAND"):
         return None

@@ -84,18 +84,44 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def model_hash(model: ModelConfig) -> str:
-    """16 hex digits of the model's shape (its name excluded)."""
-    return _digest({k: v for k, v in plain(model).items() if k != "name"})
+    """16 hex digits of the model's shape (its name excluded, and how its experts are run)."""
+    data = {k: v for k, v in plain(model).items() if k != "name"}
+    if data.get("moe") is not None:
+        data["moe"] = {k: v for k, v in data["moe"].items() if k not in ("dispatcher", "grouped_gemm")}
+    return _digest(data)
 
 
 def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(_canonical(data), sort_keys=True).encode()).hexdigest()[:16]
 
 
+# Fields that came after checkpoints were written: at these values they mean what the files of before meant
+_CAME_LATER = {
+    "amax_scope": "tensor",
+    "mask": None,
+    "nonzero": False,
+    "outer": None,
+    "samples": 1,
+    "ties": "even",
+    "moe": None,
+    "vpp": 1,
+    "ep": 1,
+    "overlap": True,
+    "fp4_param_gather": False,
+    "deepspeed": {},
+    "deterministic": False,
+    "recompute": "none",
+    "recompute_modules": ["mlp"],
+}
+
+
 def _canonical(data: Any) -> Any:
-    """Equal objects have equal hashes: a float field that Python code filled with `1` is `1.0` in YAML."""
+    """Equal objects have equal hashes, those of older versions too.
+
+    A float field that Python code filled with `1` is `1.0` in YAML; a field that did not exist is left out.
+    """
     if isinstance(data, Mapping):
-        return {k: _canonical(v) for k, v in data.items()}
+        return {k: _canonical(v) for k, v in data.items() if k not in _CAME_LATER or v != _CAME_LATER[k]}
     if isinstance(data, list):
         return [_canonical(v) for v in data]
     return int(data) if isinstance(data, float) and data.is_integer() else data

@@ -13,159 +13,15 @@ An operand without a QuantSpec stays in the model's own precision (bf16). Nothin
 from __future__ import annotations
 
 from dataclasses import field
-from fractions import Fraction
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
-from fp4dist.spec.blocks import (
-    E4M3_NO_CLIP,
-    FLOOR_NO_CLIP,
-    AbsMax,
-    Ceil,
-    Eden,
-    Floor,
-    FourOverSix,
-    Hadamard,
-    Nearest,
-    Rounding,
-    ScaleRule,
-    Stochastic,
-)
-from fp4dist.spec.formats import Format
 from fp4dist.spec.frozen import frozen
+from fp4dist.spec.operand import QuantSpec
 
 HIGH_PRECISION = "bf16"  # the YAML word for "not quantized": the operand keeps the model's dtype
 Role = Literal["qkv", "proj", "fc1", "fc2", "expert", "head", "embedding", "router"]
 ROLES: tuple[str, ...] = get_args(Role)
 BLOCK_ROLES = ("qkv", "proj", "fc1", "fc2", "expert")  # the linears inside transformer blocks
-
-
-@frozen
-class QuantSpec:
-    """How one operand becomes a block-scaled tensor."""
-
-    SHORTHAND: ClassVar[str] = "format"  # `x: nvfp4` means `x: {format: nvfp4}`
-
-    format: Format
-    block: tuple[int, int] | None = None  # default: the format's own block
-    scale: ScaleRule | None = None  # default: AbsMax for E4M3 scales, Floor for E8M0 scales
-    rounding: Rounding = Nearest()
-    rotation: Hadamard | None = None
-    source: Literal["master", "requant", "reuse"] = "master"  # of a backward operand; see LinearRecipe
-    allow_bias: bool = False  # stochastic rounding under a rule that clips, for parity with a paper
-
-    def __post_init__(self) -> None:
-        _check_scale_rule(self)
-        _check_unbiased(self)
-        rows, cols = self.shape
-        if rows not in (1, cols) or cols < 2 or cols & (cols - 1):
-            raise ValueError(f"block = {[rows, cols]} must be [1, n] or square, with n a power of two")
-        if self.rotation is not None and self.rotation.size % cols:
-            raise ValueError(f"rotation.size = {self.rotation.size} is not a multiple of the block's {cols} columns")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns that share a scale."""
-        return self.block or self.format.block
-
-    @property
-    def rule(self) -> ScaleRule:
-        """The scale rule, default filled in."""
-        if self.scale is not None:
-            return self.scale
-        return AbsMax() if self.format.scale.name == "e4m3" else Floor()
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether quantizing needs a Philox key for rounding."""
-        return not isinstance(self.rounding, Nearest)
-
-    @property
-    def is_deterministic(self) -> bool:
-        """Whether the codes depend on the tensor alone, neither on noise nor on fresh signs."""
-        return not self.draws_noise and (self.rotation is None or self.rotation.signs != "fresh")
-
-    @property
-    def columns_multiple(self) -> int:
-        """What the contracted dimension must be a multiple of (8 elements share one draw of noise)."""
-        noise = 8 if isinstance(self.rounding, Stochastic) else 1
-        return max(self.shape[1], self.rotation.size if self.rotation else 1, noise)
-
-    def label(self) -> str:
-        """A short text for tables: `nvfp4 1x16 17/16 sr rht16` (headroom 17/16, stochastic, 16-wide rotation)."""
-        words = [self.format.name, f"{self.shape[0]}x{self.shape[1]}", *_rule_words(self.rule), *_rounding_words(self)]
-        if self.rotation:
-            words.append(
-                {"none": "had", "fixed": "rht", "fresh": "rht*"}[self.rotation.signs] + str(self.rotation.size)
-            )
-        if self.source != "master":
-            words.append(self.source)
-        return " ".join(words)
-
-
-def _rule_words(rule: ScaleRule) -> list[str]:
-    if isinstance(rule, Ceil):
-        return ["ceil"]
-    words = []
-    if isinstance(rule, FourOverSix):
-        words.append("4/6" if rule.metric == "mse" else f"4/6({rule.metric})")
-    if rule.headroom != 1:
-        near = Fraction(rule.headroom).limit_denominator(16)
-        words.append(str(near) if float(near) == rule.headroom else f"{rule.headroom:.4g}")
-    if not isinstance(rule, Floor) and rule.budget != type(rule)().budget:
-        words.append(f"max{rule.budget:g}")
-    return words
-
-
-def _rounding_words(spec: QuantSpec) -> list[str]:
-    if isinstance(spec.rounding, Stochastic):
-        return ["sr"]
-    if isinstance(spec.rounding, Eden):
-        return ["eden" if spec.rounding.align == "post_hoc" else "eden(pre)"]
-    return []
-
-
-def _check_scale_rule(spec: QuantSpec) -> None:
-    e4m3 = spec.format.scale.name == "e4m3"
-    if e4m3 != isinstance(spec.rule, (AbsMax, FourOverSix)):
-        fitting = "absmax, four_over_six" if e4m3 else "floor, ceil"
-        raise ValueError(
-            f"scale rule {spec.rule.kind} does not fit {spec.format.scale.name} scales of {spec.format.name};"
-            f" use one of {fitting}"
-        )
-    if isinstance(spec.rounding, Eden):
-        if not e4m3:
-            raise ValueError("eden rounds the block scale stochastically in E4M3: it needs format nvfp4")
-        if spec.scale is not None:
-            raise ValueError("eden chooses its own block scale; leave `scale` out (its headroom and budget are eden's)")
-        if spec.shape[0] != 1:
-            raise ValueError(f"eden corrects 1xN blocks; block = {list(spec.shape)}")
-
-
-def _check_unbiased(spec: QuantSpec) -> None:
-    if spec.allow_bias:
-        return
-    fresh = spec.rotation is not None and spec.rotation.signs == "fresh"
-    if isinstance(spec.rounding, Eden) and not fresh:
-        raise ValueError(
-            "eden is unbiased only under a fresh rotation: without one its error never averages out;"
-            " set rotation: {size: 128, signs: fresh}, or allow_bias: true for parity with a paper"
-        )
-    if not isinstance(spec.rounding, Stochastic):
-        return
-    rule = spec.rule
-    if isinstance(rule, FourOverSix):
-        raise ValueError(
-            "stochastic rounding with four_over_six is biased: the choice of the scale follows the noise;"
-            " use nearest, or allow_bias: true for parity with a paper"
-        )
-    needed = FLOOR_NO_CLIP if isinstance(rule, Floor) else E4M3_NO_CLIP
-    if not isinstance(rule, Ceil) and rule.headroom < needed - 1e-12:
-        text = "4/3" if isinstance(rule, Floor) else "17/16"
-        raise ValueError(
-            f"stochastic rounding under a scale rule that clips is biased: {rule.kind} has headroom {rule.headroom:g}"
-            f" < {text}; set scale: {{kind: {rule.kind}, headroom: {text}}},"
-            " or allow_bias: true for parity with a paper"
-        )
 
 
 def _check_pair(gemm: str, names: str, a: QuantSpec | None, b: QuantSpec | None) -> None:
@@ -175,6 +31,11 @@ def _check_pair(gemm: str, names: str, a: QuantSpec | None, b: QuantSpec | None)
         raise ValueError(
             f"{gemm}: the operands {names} have different rotations ({first} and {second});"
             " a Hadamard cancels only when both operands of a GEMM share it"
+        )
+    if a and b and min(a.samples, b.samples) > 1:
+        raise ValueError(
+            f"{gemm}: both operands {names} average several samples, which would run {a.samples * b.samples} GEMMs;"
+            " give samples to one of them"
         )
 
 
@@ -190,6 +51,10 @@ class Fprop:
         for name, spec in (("x", self.x), ("w", self.w)):
             if spec is not None and spec.source != "master":
                 raise ValueError(f"{name}.source = {spec.source}: a forward operand has only its master")
+            if spec is not None and spec.samples > 1:
+                raise ValueError(
+                    f"{name} averages {spec.samples} samples: only a gradient's GEMM repeats; use samples: 1"
+                )
 
 
 @frozen
@@ -244,8 +109,9 @@ class LinearRecipe:
         return getattr(getattr(self, gemm), operand)
 
     def gemm_is_fp4(self, gemm: str) -> bool:
-        """Whether both operands of `gemm` are quantized, so that it runs on FP4 tensor cores where they exist."""
-        return all(self.slot(s) is not None for s in SLOTS if s.startswith(gemm))
+        """Whether both operands of `gemm` have at most 4 bits, so that FP4 tensor cores run it where they exist."""
+        specs = [self.slot(s) for s in SLOTS if s.startswith(gemm)]
+        return all(spec is not None and spec.is_fp4 for spec in specs)
 
     @property
     def is_high_precision(self) -> bool:
@@ -271,13 +137,22 @@ def _check_source(name: str, spec: QuantSpec | None, forward: QuantSpec | None) 
     if rows != cols or spec.rotation is not None:
         raise ValueError(
             f"{name}.source = reuse reads the forward codes transposed, which needs a square block without rotation;"
-            f" block = {[rows, cols]}, rotation = {spec.rotation}; use requant"
+            f" block = {'row' if cols == 0 else [rows, cols]}, rotation = {spec.rotation}; use requant"
         )
-    same = (spec.format, spec.shape, spec.rule, spec.rounding, spec.rotation)
-    if same != (forward.format, forward.shape, forward.rule, forward.rounding, forward.rotation):
+    if spec.above not in ("none", "tensor"):
+        raise ValueError(
+            f"{name}.source = reuse reads the forward codes transposed, but outer = {spec.above} lies along one of"
+            " their dimensions; use requant, or outer: tensor"
+        )
+    if _identity(spec) != _identity(forward):
         raise ValueError(
             f"{name}.source = reuse must repeat the forward operand's spec ({forward.label()}), got {spec.label()}"
         )
+
+
+def _identity(spec: QuantSpec) -> tuple[object, ...]:
+    """What decides the codes of a tensor."""
+    return spec.format, spec.shape, spec.above, spec.rule, spec.rounding, spec.rotation, spec.amax_scope
 
 
 @frozen

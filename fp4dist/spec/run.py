@@ -8,7 +8,8 @@ in front of the message.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import field
+from typing import Any, Literal
 
 from fp4dist.spec.frozen import frozen
 from fp4dist.spec.recipe import Recipe
@@ -25,6 +26,31 @@ class RunSection:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed} must be in [0, 2**32): it is half of the Philox key")
+
+
+@frozen
+class MoeConfig:
+    """Mixture of experts instead of the dense MLP of every layer from `first_dense_layers` on."""
+
+    num_experts: int
+    top_k: int = 2  # experts of each token
+    ffn_hidden_size: int  # of each expert
+    shared_ffn_hidden_size: int = 0  # of the expert that every token passes; 0: none
+    first_dense_layers: int = 0  # leading layers that keep the dense MLP
+    aux_loss_coeff: float = 1e-2  # of the load-balancing loss; 0 switches it off
+    router_dtype: Literal["fp32", "model"] = "fp32"
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    grouped_gemm: bool = True  # all experts of a rank in one grouped GEMM; false: one after the other, the same bits
+
+    def __post_init__(self) -> None:
+        for key in ("num_experts", "top_k", "ffn_hidden_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} = {getattr(self, key)} must be at least 1")
+        for key in ("shared_ffn_hidden_size", "first_dense_layers", "aux_loss_coeff"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} = {getattr(self, key)} must not be negative")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k = {self.top_k} must not exceed num_experts = {self.num_experts}")
 
 
 @frozen
@@ -45,8 +71,14 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     qk_norm: bool = False
+    moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.moe is not None and self.moe.first_dense_layers >= self.num_layers:
+            raise ValueError(
+                f"moe.first_dense_layers = {self.moe.first_dense_layers} leaves none of num_layers ="
+                f" {self.num_layers} to the experts; lower it or drop moe"
+            )
         for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size", "seq_length"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} = {getattr(self, key)} must be at least 1")
@@ -160,19 +192,23 @@ class OptimConfig:
 
 @frozen
 class ParallelConfig:
-    """Megatron's process groups. Data parallel = world / (tp * pp * cp)."""
+    """Megatron's process groups. Data parallel = world / (tp * pp * cp); experts are spread over ep of its ranks."""
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1  # model chunks of each pipeline stage (interleaved schedule)
     cp: int = 1
+    ep: int = 1
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("tp", "pp", "cp"):
+        for key in ("tp", "pp", "vpp", "cp", "ep"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} = {getattr(self, key)} must be at least 1")
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("sequence_parallel needs tp > 1: it splits what tensor parallelism replicates")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp = {self.vpp} needs pp > 1: it interleaves the chunks of pipeline stages")
 
 
 @frozen
@@ -181,10 +217,17 @@ class EngineConfig:
 
     kind: Literal["megatron", "deepspeed"] = "megatron"
     zero_stage: int = 1  # deepspeed only
+    overlap: bool = True  # megatron: reduce gradients and gather parameters while computing, where dp > 1
+    fp4_param_gather: bool = False  # megatron: gather updated weights as the codes that the recipe needs
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into DeepSpeed's configuration (ZeRO++, offload)
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage = {self.zero_stage} must be 0, 1, 2 or 3")
+        if self.kind == "megatron" and self.deepspeed:
+            raise ValueError("deepspeed settings need kind: deepspeed; this run uses kind: megatron")
+        if self.kind == "deepspeed" and self.fp4_param_gather:
+            raise ValueError("fp4_param_gather needs kind: megatron: ZeRO gathers parameters itself")
 
 
 @frozen
@@ -195,6 +238,9 @@ class TrainConfig:
     global_batch_size: int  # samples a step
     micro_batch_size: int  # samples a rank and forward pass
     dtype: Literal["auto", "bf16", "fp32"] = "bf16"  # of what is not FP4; auto: bf16 on a GPU, fp32 on a CPU
+    deterministic: bool = False  # the same bits in every run of a layout: no kernel with atomic sums, no autotuning
+    recompute: Literal["none", "selective", "full"] = "none"  # of activations in backward; full: every layer
+    recompute_modules: tuple[str, ...] = ("mlp",)  # selective: Megatron's names (core_attn, mlp, moe, layernorm ...)
     eval_every: int = 100  # steps; 0: only at the first and last step
     eval_samples: int = 64  # samples in each evaluation, the same ones every time
     max_nonfinite_steps: int = 5  # consecutive skipped steps before the run stops
@@ -270,6 +316,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_tensor_parallel(self.model, self.parallel)
+        _check_chunks(self.model, self.parallel)
         if self.optim.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} must be smaller than train.steps = {self.train.steps}"
@@ -299,10 +346,29 @@ def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None
             raise ValueError(
                 f"{key} = {size} is not divisible by parallel.tp = {parallel.tp}; choose a tp that divides it"
             )
-    if model.num_layers % parallel.pp:
-        raise ValueError(f"model.num_layers = {model.num_layers} is not divisible by parallel.pp = {parallel.pp}")
     if parallel.sequence_parallel and model.seq_length % parallel.tp:
         raise ValueError(
             f"model.seq_length = {model.seq_length} is not divisible by parallel.tp = {parallel.tp},"
             " which sequence_parallel needs"
+        )
+
+
+def _check_chunks(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Pipeline chunks, context-parallel pieces and experts must come out even."""
+    if model.num_layers % (parallel.pp * parallel.vpp):
+        chunks = f"parallel.pp = {parallel.pp}" + (f" * vpp = {parallel.vpp}" if parallel.vpp > 1 else "")
+        raise ValueError(f"model.num_layers = {model.num_layers} is not divisible by {chunks}")
+    if parallel.cp > 1 and model.seq_length % (2 * parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)):
+        raise ValueError(
+            f"model.seq_length = {model.seq_length} is not divisible by 2 * parallel.cp = {2 * parallel.cp}"
+            f"{f' * tp = {parallel.tp}' if parallel.sequence_parallel else ''}: each context-parallel rank holds an"
+            " early and a late piece of the sequence"
+        )
+    if parallel.ep == 1:
+        return
+    if model.moe is None:
+        raise ValueError(f"parallel.ep = {parallel.ep} needs a model with experts (model.moe)")
+    if model.moe.num_experts % parallel.ep:
+        raise ValueError(
+            f"model.moe.num_experts = {model.moe.num_experts} is not divisible by parallel.ep = {parallel.ep}"
         )

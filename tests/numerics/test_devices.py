@@ -8,6 +8,7 @@ import torch
 from fp4dist.numerics import Key, matmul, quantize, requantize
 from tests.compare import assert_same_bits, moved
 from tests.generators import SPECS, exactly_summable, families, spec
+from tests.numerics.quantizers import EXTRA, extra
 
 pytestmark = pytest.mark.gpu
 KEY = Key(seed=3, layer=0x89ABCDEF, step=4, micro_batch=5, slot=2)
@@ -23,6 +24,12 @@ def _needs_gpu() -> None:
 def test_codes_and_scales(name: str) -> None:
     for x in families(128, 512, seed=6).values():
         assert_same_bits(moved(quantize(x.cuda(), spec(name), KEY), "cpu"), quantize(x, spec(name), KEY))
+
+
+@pytest.mark.parametrize("name", list(EXTRA))
+def test_codes_and_scales_of_the_whole_vocabulary(name: str) -> None:
+    for x in families(128, 512, seed=6).values():
+        assert_same_bits(moved(quantize(x.cuda(), extra(name), KEY), "cpu"), quantize(x, extra(name), KEY))
 
 
 @pytest.mark.parametrize("name", ["eden", "nvfp4_sr", "nvfp4_46"])

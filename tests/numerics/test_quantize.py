@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fp4dist.numerics import BlockScaledTensor, Key, dequantize, quantize, requantize
+from fp4dist.numerics.codes import unpack
 from fp4dist.numerics.quantize import carrier, tree_sum
 from fp4dist.numerics.rotation import unrotate
 from fp4dist.spec.recipe import QuantSpec
@@ -117,7 +118,7 @@ def test_shards_equal_the_whole(name: str) -> None:
         return seen[0]
 
     for r, c in ((0, 0), (32, 0), (0, 256), (32, 256)):
-        part = quantize(x[r : r + 32, c : c + 256], s, replace(key, row=r, column=c), logical)
+        part = quantize(x[r : r + 32, c : c + 256], s, replace(key, row_runs=(r,), column_runs=(c,)), logical)
         br, bc = s.shape
         expected = BlockScaledTensor(
             whole.codes[r : r + 32, c // 2 : (c + 256) // 2],
@@ -128,6 +129,23 @@ def test_shards_equal_the_whole(name: str) -> None:
             whole.rotation,
         )
         assert_same_bits(part, expected)
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_a_shard_of_several_runs_has_the_bits_of_its_runs(name: str) -> None:
+    """An early and a late piece of rows, and of columns, quantized together, are those pieces of the whole."""
+    s, x = spec(name), normal(64, 1024, seed=5)
+    key = Key(seed=1, layer=2, step=3, micro_batch=4, slot=2)
+    seen: list[torch.Tensor] = []
+    whole = quantize(x, s, key, lambda amax: seen.append(amax) or amax)
+    rows, columns = (0, 48), (128, 640)
+    i = torch.cat([torch.arange(start, start + 16) for start in rows])
+    j = torch.cat([torch.arange(start, start + 128) for start in columns])
+    place = replace(key, row_runs=rows, column_runs=columns, rows=64, columns=1024)
+    part = quantize(x[i][:, j], s, place, lambda _: seen[0])
+    br, bc = s.shape
+    assert torch.equal(unpack(part.codes), unpack(whole.codes)[i][:, j])
+    assert torch.equal(part.scales, whole.scales[i[::br] // br][:, j[::bc] // bc])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

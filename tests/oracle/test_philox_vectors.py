@@ -56,7 +56,7 @@ def test_scale_noise_layout() -> None:
 def test_a_shard_draws_its_part_of_the_global_noise() -> None:
     key = Key(seed=3, layer=4, slot=1)
     whole = element_noise(torch.Size((32, 64)), key, torch.device("cpu"))
-    shard = Key(seed=3, layer=4, slot=1, row=16, column=32, columns=64)
+    shard = Key(seed=3, layer=4, slot=1, row_runs=(16,), column_runs=(32,), columns=64)
     assert torch.equal(element_noise(torch.Size((16, 32)), shard, torch.device("cpu")), whole[16:, 32:])
     scales = scale_noise(torch.Size((32, 4)), key, 16, torch.device("cpu"))
     assert torch.equal(scale_noise(torch.Size((16, 2)), shard, 16, torch.device("cpu")), scales[16:, 2:])

@@ -15,7 +15,7 @@ from fp4dist.errors import ConfigError
 from fp4dist.nn.apply import apply_recipe, plan_table
 from fp4dist.nn.assign import assign
 from fp4dist.numerics import BlockScaledTensor
-from fp4dist.spec.blocks import Nearest, Stochastic
+from fp4dist.spec.blocks import Ceil, Nearest, Stochastic
 from fp4dist.spec.build import build
 from fp4dist.spec.load import config_root, dump, load_recipe, recipe_hash, shipped
 from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe, QuantSpec, Recipe
@@ -59,7 +59,54 @@ EXPECTED: dict[str, list[str]] = {
         "nvfp4 1x16 17/16 sr rht*32", "nvfp4 1x16 17/16 sr rht*32 requant",
         "nvfp4 1x16 17/16 sr rht*32", "nvfp4 1x16 17/16 sr rht*32 requant",
     ],
+    "fp4_all_the_way:fp4": [
+        "nvfp4 1x16", "nvfp4 1x16",
+        "nvfp4 1x16 17/16 sr", "nvfp4 1x16",
+        "nvfp4 1x16 17/16 sr", "nvfp4 1x16 17/16 sr",
+    ],
+    "fp4_all_the_way_as_released:fp4": [
+        "e2m1/e4m3_inverse 1x16 max240", "e2m1/e4m3_inverse 1x16 max240",
+        "e2m1/e4m3_inverse 1x16 max240 sr", "e2m1/e4m3_inverse 1x16 max240",
+        "e2m1/e4m3_inverse 1x16 max240 sr", "e2m1/e4m3_inverse 1x16 max240 sr",
+    ],
+    "luq:fp4": [
+        "int4 tensor sawb", "int4 tensor sawb",
+        "log7 tensor sr", "int4 tensor sawb reuse",
+        "log7 tensor sr(2)", "int4 tensor sawb reuse",
+    ],
+    "luq:weights_only": ["bf16", "int4 tensor sawb", "bf16", "bf16", "bf16", "bf16"],
+    "mxfp4_h32:fp4": [
+        "mxfp4 1x32 ceil(amax)", "mxfp4 32x32 ceil(amax) finer<0.87",
+        "mxfp4 1x32 ceil(amax) sr", "mxfp4 32x32 ceil(amax) finer<0.87 reuse",
+        "mxfp4 1x32 ceil(amax) rht32:d7e8d7e8", "mxfp4 1x32 ceil(amax) rht32:d7e8d7e8",
+    ],
+    "nemotron3:fp4": [
+        "nvfp4 1x16", "nvfp4 16x16",
+        "nvfp4 1x16 17/16 sr", "nvfp4 16x16 reuse",
+        "nvfp4 1x16 17/16 sr rht16", "nvfp4 1x16 rht16",
+    ],
+    "tetrajet:fp4": [
+        "mxfp4 1x32 ceil", "mxfp4 1x32 ceil",
+        "mxfp4 1x32 ceil sr", "mxfp4 1x32 ceil sr requant",
+        "mxfp4 1x32 ceil sr", "mxfp4 1x32 ceil sr requant",
+    ],
+    "ufp4:fp4": [
+        "e1m2/fp32 1x16 rht16", "e1m2/fp32 1x16 rht16",
+        "e1m2/fp32 1x16 sr rht16", "e1m2/fp32 1x16 rht16",
+        "e1m2/fp32 1x16 sr rht16", "e1m2/fp32 1x16 rht16",
+    ],
+    "zhou2502:ffn": [
+        "fp4_row row", "fp4_row row",
+        "fp8_e5m2 tensor", "fp8_e4m3 tensor",
+        "fp8_e5m2 tensor", "fp8_e4m3 tensor",
+    ],
+    "zhou2502:attention": [
+        "fp8_e4m3 tensor", "fp8_e4m3 tensor",
+        "fp8_e5m2 tensor", "fp8_e4m3 tensor",
+        "fp8_e5m2 tensor", "fp8_e4m3 tensor",
+    ],
 }  # fmt: skip
+PARITY = {"nvidia_nvfp4_te", "fp4_all_the_way_as_released"}  # biased, as their papers' code is
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -95,7 +142,19 @@ def test_every_rule_and_linear_is_used_by_a_llama(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "bf16_layers"),
-    [("nvidia_nvfp4", 4), ("nvidia_nvfp4_46", 4), ("nvidia_nvfp4_te", 4), ("quartet2", 0), ("tetrajet_v2_core", 0)],
+    [
+        ("nvidia_nvfp4", 4),
+        ("nvidia_nvfp4_46", 4),
+        ("nvidia_nvfp4_te", 4),
+        ("quartet2", 0),
+        ("tetrajet_v2_core", 0),
+        ("nemotron3", 24),
+        ("tetrajet", 0),
+        ("luq", 0),
+        ("ufp4", 0),
+        ("mxfp4_h32", 0),
+        ("zhou2502", 0),
+    ],  # in nemotron3 every layer keeps its attention projections
 )
 def test_which_layers_stay_in_bf16(name: str, bf16_layers: int) -> None:
     rows = plan_table(make_sites(24), load_recipe(name)).rows
@@ -107,7 +166,7 @@ def test_which_layers_stay_in_bf16(name: str, bf16_layers: int) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if load_recipe(n).linears])
 def test_only_a_parity_recipe_is_biased(name: str) -> None:
     specs = [s for linear in load_recipe(name).linears.values() for slot in SLOTS if (s := linear.slot(slot))]
-    assert any(s.allow_bias for s in specs) == (name == "nvidia_nvfp4_te")
+    assert any(s.allow_bias for s in specs) == (name in PARITY)
 
 
 def test_phases_ship_switched_off() -> None:
@@ -195,22 +254,27 @@ def ablations(linear: LinearRecipe) -> Iterator[tuple[str, LinearRecipe]]:
         for slot, spec in specs.items():
             if spec is None:
                 continue
-            partner = "dgrad.w" if slot == "fprop.w" and _reuses(linear) else slot
+            partner = REUSERS.get(slot, slot)
+            partner = partner if (other := linear.slot(partner)) and other.source == "reuse" else slot
             if spec.source == "reuse":
                 continue  # its codes are the forward's: they are ablated there
+            if spec.source == "requant":
+                yield f"{slot} source", edited(linear, (slot,), source="master")
             if not isinstance(spec.rounding, Nearest):
                 yield f"{slot} rounding", edited(linear, (slot,), rounding=Nearest())
+            if spec.samples > 1:
+                yield f"{slot} samples", edited(linear, (slot,), rounding=Stochastic())
+            on_grid = spec.source == "requant" and isinstance(spec.rule, Ceil)
+            if on_grid:  # amax of forward values is 1 or 1.5 times a power of two: floor and ceil take the same scale
+                continue
             if spec.scale is not None and spec.rule != replace(spec, scale=None, allow_bias=True).rule:
                 biased = isinstance(spec.rounding, Stochastic)
                 yield f"{slot} scale", _edit_at_once(linear, (slot, partner), scale=None, allow_bias=biased)
-            if spec.shape != spec.format.block:
+            if spec.block is not None and spec.block != spec.format.block:
                 yield f"{slot} block", _edit_at_once(linear, (slot, partner), block=None, source="master")
-            if spec.source == "requant":
-                yield f"{slot} source", edited(linear, (slot,), source="master")
 
 
-def _reuses(linear: LinearRecipe) -> bool:
-    return linear.dgrad.w is not None and linear.dgrad.w.source == "reuse"
+REUSERS = {"fprop.w": "dgrad.w", "fprop.x": "wgrad.x"}
 
 
 def _edit_at_once(linear: LinearRecipe, slots: tuple[str, ...], **fields: Any) -> LinearRecipe:

@@ -15,16 +15,19 @@ from fp4dist.spec.blocks import (
     Floor,
     FourOverSix,
     Hadamard,
+    MseSearch,
     Nearest,
+    Quest,
+    Sawb,
     Stochastic,
 )
 
-BLOCKS = (AbsMax, FourOverSix, Floor, Ceil, Nearest, Stochastic, Eden)
+BLOCKS = (AbsMax, FourOverSix, Floor, Ceil, Quest, Sawb, MseSearch, Nearest, Stochastic, Eden)
 
 
 def test_each_block_has_its_own_tag() -> None:
     assert [block().kind for block in BLOCKS] == [
-        "absmax", "four_over_six", "floor", "ceil", "nearest", "stochastic", "eden"
+        "absmax", "four_over_six", "floor", "ceil", "quest", "sawb", "mse_search", "nearest", "stochastic", "eden"
     ]  # fmt: skip
 
 
@@ -37,7 +40,7 @@ def test_defaults_are_the_published_values() -> None:
     assert (E4M3_NO_CLIP, FLOOR_NO_CLIP) == (17 / 16, 4 / 3)
 
 
-@pytest.mark.parametrize("block", [AbsMax, FourOverSix, Eden])
+@pytest.mark.parametrize("block", [FourOverSix, Eden])
 @pytest.mark.parametrize("values", [{"headroom": 0.0}, {"headroom": -1.0}, {"budget": 0.0}, {"budget": 449.0}])
 def test_e4m3_rules_stay_in_range(block: Any, values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"headroom = .* must be positive and budget = .* in \(0, 448\]"):
@@ -59,3 +62,29 @@ def test_fixed_signs_exist_for_size_16_only() -> None:
     with pytest.raises(ValueError, match="published sign vector has 16 entries; use fresh"):
         Hadamard(size=32, signs="fixed")
     assert Hadamard(size=128, signs="none").size == 128
+    assert Hadamard(size=32, signs="fixed", mask=0xD7E8D7E8).mask == 0xD7E8D7E8
+
+
+@pytest.mark.parametrize("fields", [{"signs": "fresh"}, {"signs": "none"}, {"mask": -1}, {"mask": 1 << 16}])
+def test_a_mask_is_a_constant_sign_vector_of_the_rotations_size(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needs signs: fixed and at most 16 bits"):
+        Hadamard(**{"size": 16, "mask": 3, **fields})
+
+
+@pytest.mark.parametrize(
+    ("block", "values", "message"),
+    [
+        (AbsMax, {"headroom": 0.0}, "must be positive"),
+        (AbsMax, {"budget": -1.0}, "must be positive"),
+        (Ceil, {"finer_below": 0.5}, "belongs to of: amax"),
+        (Ceil, {"of": "amax", "finer_below": 1.5}, r"must be in \[0, 1\]"),
+        (Quest, {"factor": 0.0}, "must be positive"),
+        (Sawb, {"rms": 12.1}, "give both or neither"),
+        (MseSearch, {"steps": 0}, "steps = 0 must be at least 1"),
+        (MseSearch, {"lowest": 1.0}, r"lowest = 1.0 in \(0, 1\)"),
+        (Stochastic, {"samples": 0}, r"samples = 0 must be in \[1, 16\]"),
+    ],
+)
+def test_a_block_checks_its_numbers(block: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        block(**values)

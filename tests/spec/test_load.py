@@ -218,7 +218,7 @@ def linear_file(scale: str, *, name: bool = True) -> str:
 
 
 def build_rule(kind: str, **fields: float) -> Any:
-    from fp4dist.spec.recipe import ScaleRule
+    from fp4dist.spec.blocks import ScaleRule
 
     return build(ScaleRule, {"kind": kind, **fields})
 

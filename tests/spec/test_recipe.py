@@ -8,7 +8,7 @@ import pytest
 
 from fp4dist.errors import ConfigError
 from fp4dist.spec.blocks import AbsMax, Ceil, Eden, Floor, FourOverSix, Hadamard, Nearest, Stochastic
-from fp4dist.spec.build import build
+from fp4dist.spec.build import build, plain
 from fp4dist.spec.formats import MXFP4, NVFP4
 from fp4dist.spec.recipe import GEMMS, SLOTS, Dgrad, Fprop, LinearRecipe, Phase, QuantSpec, Recipe, Rule, Wgrad
 
@@ -142,13 +142,148 @@ def test_deterministic_means_neither_noise_nor_fresh_signs() -> None:
         ({"rounding": Eden(align="pre"), "rotation": Hadamard(), "allow_bias": True}, "nvfp4 1x16 eden(pre) rht16"),
         ({"rotation": Hadamard(signs="none"), "source": "requant"}, "nvfp4 1x16 had16 requant"),
         ({"format": MXFP4, "scale": Ceil()}, "mxfp4 1x32 ceil"),
+        ({"rotation": Hadamard(), "amax_scope": "shard"}, "nvfp4 1x16 rht16 shard-amax"),
     ],
 )
 def test_labels(fields: dict[str, Any], label: str) -> None:
     assert spec(**fields).label() == label
 
 
+INVERSE = {"element": "e2m1", "scale": "e4m3_inverse", "block": [1, 16], "outer": "tensor"}
+E1M2 = {"element": "e1m2", "scale": "fp32", "block": [1, 16]}
+SR = {"rounding": "stochastic"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        # blocks and outer levels
+        ({"format": "nvfp4", "block": "row"}, r"kept in fp32; e4m3 scales need a block \[r, c\]"),
+        ({"format": "nvfp4", "outer": [1, 24]}, r"must be whole blocks of \[1, 16\]"),
+        ({"format": "nvfp4", "block": [16, 16], "outer": [1, 128]}, r"must be whole blocks of \[16, 16\]"),
+        ({"format": "nvfp4", "block": [16, 16], "outer": "row"}, "needs blocks within a row"),
+        ({"format": "mxfp4", "outer": "tensor"}, "but e8m0 has fp32's; use none"),
+        ({"format": "int4", "outer": [1, 128]}, "but fp32 has fp32's; use none"),
+        ({"format": INVERSE, "outer": "none"}, "need outer: tensor, row"),
+        # rules and scale formats
+        ({"format": "int4", "scale": "four_over_six"}, "does not fit fp32 scales of int4; use one of absmax"),
+        ({"format": "mxfp8", "scale": "sawb"}, "does not fit e8m0 scales of mxfp8"),
+        ({"format": "nvfp4", "scale": {"kind": "absmax", "budget": 449}}, "e4m3 scales end at 448"),
+        ({"format": INVERSE, "scale": {"kind": "absmax", "budget": 448}}, "e4m3_inverse scales end at 240"),
+        ({"format": "ue5m3_fp4", "scale": {"kind": "absmax", "budget": 70000}}, "ue5m3 scales end at 61440"),
+        ({"format": "int4", "scale": {"kind": "absmax", "budget": 256}}, "have no outer level; leave budget out"),
+        ({"format": "int4", "block": [1, 32], "scale": "quest"}, "optimum of e2m1, not of int4"),
+        ({"format": "fp4_row", "scale": "quest"}, "use spread: rms, or a block of fixed size"),
+        ({"format": "fp4_row", "scale": "sawb"}, "those of int4, not of e2m1"),
+        # roundings
+        ({"format": "mxfp8", "rounding": {"kind": "nearest", "ties": "away"}}, "round ties to even, as conversions do"),
+        ({"format": "nvfp4", "scale": "mse_search", **SR, "allow_bias": True}, "needs nearest rounding"),
+        ({"format": "nvfp4", "outer": "row", "rounding": "eden", "rotation": {"signs": "fresh"}}, "under one scale"),
+    ],
+)  # fmt: skip
+def test_meaningless_combinations_name_the_way_out(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(QuantSpec, data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"format": "mxfp4", "scale": "quest"}, "quest clips the largest elements on purpose"),
+        ({"format": "int4", "scale": "sawb"}, "sawb clips the largest elements"),
+        ({"format": "mxfp4", "scale": {"kind": "ceil", "of": "amax", "finer_below": 0.87}}, "ceil clips the largest"),
+        ({"format": "log7", "scale": {"kind": "absmax", "headroom": 0.8}}, "has headroom 0.8 < 1"),
+        ({"format": "ue5m3_fp4"}, "headroom: 17/16"),
+        ({"format": "nvfp4", "outer": [1, 128]}, "headroom: 17/16"),
+        ({"format": "mxfp8"}, "headroom: 8/7"),
+        ({"format": INVERSE, "scale": {"kind": "absmax", "budget": 240, "headroom": 2}}, "their coarsest steps"),
+        ({"format": "nvfp4", "outer": "none", "scale": {"kind": "absmax", "headroom": 2}}, "set outer: tensor"),
+    ],
+)  # fmt: skip
+def test_every_biased_pair_is_refused_unless_allowed(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"biased.*{message}|{message}.*biased") as caught:
+        build(QuantSpec, {**data, **SR})
+    assert "allow_bias: true for parity with a paper" in str(caught.value)
+    assert build(QuantSpec, {**data, **SR, "allow_bias": True}).draws_noise
+
+
+@pytest.mark.parametrize(
+    ("data", "label"),
+    [
+        ("fp4_row", "fp4_row row"),
+        ({"format": "int4", "scale": "sawb"}, "int4 tensor sawb"),
+        ({"format": "log7", "rounding": {"kind": "stochastic", "samples": 2}}, "log7 tensor sr(2)"),
+        ({"format": E1M2, **SR, "rotation": {"size": 16}}, "e1m2/fp32 1x16 sr rht16"),
+        ({"format": "nvfp4", "outer": [1, 128]}, "nvfp4 1x16 outer:1x128"),
+        ({"format": "nvfp4", "outer": "none"}, "nvfp4 1x16 outer:none"),
+        ({"format": "ue5m3_fp4", "scale": {"kind": "absmax", "budget": 2048, "nonzero": True}},
+         "ue5m3_fp4 1x16 max2048 nonzero"),
+        ({"format": "mxfp4", "scale": {"kind": "quest", "power": "nearest"}}, "mxfp4 1x32 quest(nearest)"),
+        ({"format": "nvfp4", "scale": {"kind": "quest", "spread": "rms", "factor": 0.5}}, "nvfp4 1x16 quest rms 0.5"),
+        ({"format": "int4", "scale": {"kind": "sawb", "rms": 3, "mean_abs": 2}}, "int4 tensor sawb(3,2)"),
+        ({"format": "nvfp4", "scale": "mse_search"}, "nvfp4 1x16 mse(100:0.2)"),
+        ({"format": "mxfp4", "scale": {"kind": "ceil", "of": "amax", "finer_below": 0.87}},
+         "mxfp4 1x32 ceil(amax) finer<0.87"),
+        ({"format": "nvfp4", "rounding": {"kind": "nearest", "ties": "away"}}, "nvfp4 1x16 ties:away"),
+        ({"format": "mxfp4", "rotation": {"size": 32, "mask": 0xD7E8D7E8}}, "mxfp4 1x32 rht32:d7e8d7e8"),
+        ({"format": "nvfp4", "amax_scope": "shard"}, "nvfp4 1x16 shard-amax"),
+    ],
+)  # fmt: skip
+def test_labels_of_the_whole_vocabulary(data: Any, label: str) -> None:
+    made = build(QuantSpec, data)
+    assert made.label() == label
+    assert build(QuantSpec, plain(made)) == made
+
+
+def test_what_rows_and_columns_must_divide_by() -> None:
+    for data, multiples in (
+        ("fp4_row", (1, 2)),
+        ("int4", (1, 2)),
+        ({"format": "nvfp4", "outer": [1, 128]}, (1, 128)),
+        ({"format": "nvfp4", "block": [16, 16], "outer": [32, 64]}, (32, 64)),
+        ({"format": "log7", **SR}, (1, 8)),
+    ):
+        made = build(QuantSpec, data)
+        assert (made.rows_multiple, made.columns_multiple) == multiples
+
+
+def test_which_codes_may_be_joined_from_parts() -> None:
+    joins = {
+        name: build(QuantSpec, {"format": name}).joins
+        for name in ("nvfp4", "mxfp4", "ue5m3_fp4", "int4", "fp4_row", "mxfp8")
+    }
+    assert joins == {"nvfp4": True, "mxfp4": True, "ue5m3_fp4": True, "int4": False, "fp4_row": False, "mxfp8": False}
+    assert not build(QuantSpec, {"format": "nvfp4", "outer": "row"}).joins
+
+
 # ---------- GEMMs and operands
+
+
+def test_samples_belong_to_one_operand_of_a_backward_gemm() -> None:
+    sampled = build(QuantSpec, {"format": "log7", "rounding": {"kind": "stochastic", "samples": 2}})
+    assert Wgrad(dy=sampled, x=NV).dy is sampled
+    with pytest.raises(ValueError, match=r"wgrad: both operands dy and x average several samples, .* 4 GEMMs"):
+        Wgrad(dy=sampled, x=sampled)
+    with pytest.raises(ValueError, match="x averages 2 samples: only a gradient's GEMM repeats"):
+        Fprop(x=sampled)
+
+
+def test_reuse_of_tensor_scaled_codes_but_not_of_rows_or_tiles() -> None:
+    int4 = build(QuantSpec, "int4")
+    reused = build(QuantSpec, {"format": "int4", "source": "reuse"})
+    assert LinearRecipe(fprop=Fprop(x=int4, w=int4), dgrad=Dgrad(w=reused), wgrad=Wgrad(x=reused)).wgrad.x == reused
+    row, tiled = {"format": "fp4_row"}, {"format": "nvfp4", "block": [16, 16], "outer": [16, 32]}
+    for data, message in ((row, "needs a square block .* block = row"), (tiled, r"outer = \(16, 32\) lies along one")):
+        with pytest.raises(ValueError, match=message):
+            LinearRecipe(
+                fprop=Fprop(w=build(QuantSpec, data)), dgrad=Dgrad(w=build(QuantSpec, {**data, "source": "reuse"}))
+            )
+
+
+def test_an_fp8_gemm_is_no_fp4_gemm() -> None:
+    fp8, row = build(QuantSpec, "fp8_e4m3"), build(QuantSpec, "fp4_row")
+    recipe = LinearRecipe(fprop=Fprop(x=row, w=row), dgrad=Dgrad(dy=fp8, w=fp8), wgrad=Wgrad(dy=fp8, x=row))
+    assert [recipe.gemm_is_fp4(g) for g in GEMMS] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +337,15 @@ def test_reuse_reads_square_unrotated_codes() -> None:
 def test_reuse_repeats_the_forward_spec(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"reuse must repeat the forward operand's spec \(nvfp4 16x16\), got"):
         LinearRecipe(fprop=Fprop(w=SQUARE), dgrad=Dgrad(w=spec(source="reuse", **fields)))
+
+
+def test_reuse_repeats_the_scope_of_the_amax() -> None:
+    """Codes under one rank's scale are not those under the logical tensor's."""
+    alone = spec(block=(16, 16), amax_scope="shard")
+    again = spec(block=(16, 16), amax_scope="shard", source="reuse")
+    assert LinearRecipe(fprop=Fprop(w=alone), dgrad=Dgrad(w=again)).slot("dgrad.w") == again
+    with pytest.raises(ValueError, match=r"reuse must repeat .* \(nvfp4 16x16\), got nvfp4 16x16 shard-amax reuse"):
+        LinearRecipe(fprop=Fprop(w=SQUARE), dgrad=Dgrad(w=again))
 
 
 def test_reuse_may_spell_out_the_default_rule() -> None:
