@@ -29,8 +29,10 @@ CORE = [
     "matplotlib",
 ]
 LINT = ["ruff", "pyright[nodejs]"]
+HF = ["transformers>=4.57"]  # nothing in fp4dist imports it: tools/train_hf.py and its tests do
 EXTRAS = {
-    "test": ["pytest", "pytest-xdist", "hypothesis", "ml_dtypes", "zstandard", *LINT],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "ml_dtypes", "zstandard", *HF, *LINT],
+    "hf": HF,
     "wandb": ["wandb"],
     "export": ["safetensors"],
     "zstd": ["zstandard"],

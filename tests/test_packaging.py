@@ -95,7 +95,8 @@ def test_core_dependencies(metadata: Message) -> None:
 @pytest.mark.parametrize(
     ("extra", "packages"),
     [
-        ("test", {"pytest", "pytest-xdist", "hypothesis", "ml-dtypes", "zstandard", "ruff", "pyright"}),
+        ("test", {"pytest", "pytest-xdist", "hypothesis", "ml-dtypes", "zstandard", "transformers", "ruff", "pyright"}),
+        ("hf", {"transformers"}),
         ("wandb", {"wandb"}),
         ("export", {"safetensors"}),
         ("zstd", {"zstandard"}),

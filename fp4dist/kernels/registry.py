@@ -1,12 +1,13 @@
 """Which implementation runs an operation: declared with a reason for every no, resolved once, never inside a step.
 
-Operations and their signatures are those of the reference: `quantize`, `requantize`, `dequantize`, `amax`, `matmul`.
+Operations and their signatures are those of the reference: `quantize`, `requantize`, `dequantize`, `amax`, `matmul`,
+`grouped_matmul`.
 A backend registers a function with `@kernel(op, backend=...)` and a `supports` that returns why not, or None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from fp4dist.errors import KernelUnavailable
 from fp4dist.spec.recipe import QuantSpec
 from fp4dist.spec.run import BackendConfig
 
-Op = Literal["quantize", "requantize", "dequantize", "amax", "matmul"]
+Op = Literal["quantize", "requantize", "dequantize", "amax", "matmul", "grouped_matmul"]
 Backend = Literal["reference", "triton", "cuda"]
 AUTO_ORDER: tuple[Backend, ...] = ("cuda", "triton", "reference")
 
@@ -86,6 +87,18 @@ def resolve(request: Request, config: BackendConfig) -> Kernel:
         else "set backend.kind: auto, or reference for the (slow, bit-identical) reference"
     )
     raise KernelUnavailable(f"no backend can run {request.op}({label}) on {request.device}:\n{lines}\n  {way_out}")
+
+
+def grouped(matmul: Kernel) -> Callable[[Sequence[Any], Sequence[Any]], list[Any]]:
+    """The backend of `matmul` for several independent pairs of operands: its `grouped_matmul`, or one call a pair.
+
+    The bits are the same in either case, so what has resolved `matmul` needs no second resolution. A kernel that was
+    wrapped, to watch its operands, is called for each pair.
+    """
+    found = _KERNELS.get(("grouped_matmul", matmul.backend))
+    if found is not None and _KERNELS.get(("matmul", matmul.backend)) == matmul:
+        return found.fn
+    return lambda a, b: [matmul(*pair) for pair in zip(a, b, strict=True)]
 
 
 def explain(request: Request, config: BackendConfig) -> dict[str, str]:

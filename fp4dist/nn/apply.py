@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.assign import Assignments, assign, check_shapes
 from fp4dist.nn.clock import Clock
-from fp4dist.nn.linear import Fp4Linear
+from fp4dist.nn.gather import gather_words
+from fp4dist.nn.linear import Fp4Conv1D, Fp4Linear, convert, is_conv1d, revert
 from fp4dist.nn.plan import FP4, LinearPlan, Tally, resolve_kernels
 from fp4dist.nn.report import LinearRow, fp4_share, table_json, table_text
-from fp4dist.nn.sites import Fp4Module, LinearSite, check_numbers, find_linears
+from fp4dist.nn.sites import Fp4Module, LinearSite, check_numbers, experts_of, find_linears, named_modules
 from fp4dist.spec.load import load_recipe
 from fp4dist.spec.recipe import BLOCK_ROLES, GEMMS, LinearRecipe, Recipe
 from fp4dist.spec.run import BackendConfig
@@ -45,6 +47,8 @@ class AppliedRecipe:
     uncounted: int = 0  # block linears of this rank that stay torch.nn.Linear
     active: frozenset[str] = frozenset()  # names of running phases
     before: tuple[tuple[LinearRow, ...], ...] = ()  # tables that phases have replaced since the counters were reset
+    data_parallel: tuple[int, int] | None = None  # (rank, size); None: torch.distributed's, for a plain model
+    tokens: int | None = None  # of one micro-batch on one context-parallel rank, where known
 
     def table(self) -> str:
         """The table for the log."""
@@ -54,9 +58,14 @@ class AppliedRecipe:
         """The content of layers.json."""
         return table_json(self.rows, self.recipe, self.remarks)
 
-    def set_step(self, step: int, total: int) -> list[str]:
-        """Enter optimizer step `step` of `total`: moves the clock, starts phases, returns what to log."""
-        self.clock.step, self.clock.micro_batch = step, 0
+    def set_step(self, step: int, total: int, micro_batch: int = 0) -> list[str]:
+        """Enter optimizer step `step` of `total`: moves the clock, starts phases, returns what to log.
+
+        micro_batch   which micro-batch of the step this rank runs next: with gradient accumulation call `set_step`
+                      before each, or they share their noise. Ranks of `data_parallel` never share it.
+        """
+        self.clock.step = step
+        self.set_micro_batch(micro_batch)
         due = frozenset(p.name for p in self.recipe.phases if p.enabled and step >= p.start(total))
         if due == self.active:
             return []
@@ -68,9 +77,19 @@ class AppliedRecipe:
             for name in started
         ]
 
+    def set_micro_batch(self, micro_batch: int) -> None:
+        """Enter this rank's micro-batch number `micro_batch` of the step.
+
+        The noise is that of the global index, micro_batch * data-parallel size + data-parallel rank: ranks draw
+        independently, and one process that runs all of them draws the same.
+        """
+        rank, size = self.data_parallel or _data_parallel(self.targets)
+        self.clock.micro_batch = micro_batch * size + rank
+
     def counts(self) -> dict[str, Any]:
         """Counted GEMM calls and FLOPs of this rank's block linears by kind, and the share of them that ran in FP4.
 
+        gathered_bytes were received in sequence-parallel gathers, gathered_bytes_high would have been without packing.
         Linears left as torch.nn.Linear (bf16 layers of a plain model) cannot be counted; `uncounted` says how many.
         """
         calls: Counter[str] = Counter()
@@ -87,6 +106,8 @@ class AppliedRecipe:
             "flops": dict(flops),
             "fp4_share": flops[FP4] / total if total else 0.0,
             "uncounted": self.uncounted,
+            "gathered_bytes": sum(_tally(target).gathered_bytes for target in self._block_targets()),
+            "gathered_bytes_high": sum(_tally(target).gathered_bytes_high for target in self._block_targets()),
         }
 
     def reset_counts(self) -> None:
@@ -144,14 +165,20 @@ def apply_recipe(
     sites: Sequence[LinearSite] | None = None,
     layer_offset: int | Sequence[int] = 0,
     tokens: int | None = None,
+    data_parallel: tuple[int, int] | None = None,
 ) -> AppliedRecipe:
     """Make the linears of `model` run under `recipe`.
 
-    model          one module, or the chunks of a pipeline stage; torch.nn.Linear that a rule quantizes is replaced in
-                   place by Fp4Linear with the same parameters
+    model          one module, or the chunks of a pipeline stage; a torch.nn.Linear that a rule quantizes becomes an
+                   Fp4Linear in place, with the same parameters, and torch.nn.Linear again under a recipe that does not
+                   quantize it. DDP, FSDP2 or torch.compile may wrap the model before or after; before `fully_shard` is
+                   the safer order (a linear that is a unit of its own is refused afterwards)
     sites          the whole model's linears, where `model` is one pipeline stage; default: those found in `model`
     layer_offset   global number of the first layer of each chunk
     tokens         tokens of one micro-batch on one rank, to check wgrad's contraction now rather than in the first step
+    data_parallel  (rank, size) among the ranks that see different data, so that they draw different noise; default for
+                   a plain model: torch.distributed's rank and world size where it is initialized, else (0, 1). Give it
+                   where ranks share data (a second mesh dimension). Megatron's engines move the clock themselves
     returns        the AppliedRecipe; keep it, its `set_step` must be called before every step where noise is drawn
 
     Raises RecipeMismatch (a rule that matches nothing, sizes that do not divide, FP4 asked for and not got) and
@@ -166,10 +193,9 @@ def apply_recipe(
     assigned = assign(everything, recipe)
     backend = backend or BackendConfig()
     targets = []
-    for chunk, site, path, module in found:
+    for chunk, site, _, module in found:
         variants = recipe.variants(assigned.named(site.path).linear)
-        high_precision = all(v.is_high_precision for v in variants)
-        target = module if isinstance(module, Fp4Module) else _replace(chunk, path, module, high_precision)
+        target = _ready(module, site.path, all(v.is_high_precision for v in variants))
         if target is not None:
             targets.append(Target(site, target, _device(target, chunk)))
             _check_variants(targets[-1], variants, backend, tokens)
@@ -182,9 +208,12 @@ def apply_recipe(
         targets=tuple(targets),
         backend=backend,
         uncounted=sum(site.role in BLOCK_ROLES and site.path not in reached for _, site, _, _ in found),
+        data_parallel=data_parallel,
+        tokens=tokens,
     )
     _refuse_unreachable(applied, chunks, {site.layer for _, site, _, _ in found})
     _give_plans(applied)
+    applied.set_micro_batch(0)
     applied.reset_counts()  # a recipe applied earlier has left its own
     return applied
 
@@ -211,7 +240,8 @@ def _check_variants(
 ) -> None:
     """What a phase will turn the linear into must be possible too, now rather than at the phase's first step."""
     for linear in variants:
-        check_shapes(target.site, linear, tokens=tokens, tp=target.module.comm.size)
+        comm = target.module.comm
+        check_shapes(target.site, linear, tokens=tokens, tp=comm.size, cp=comm.context[1])
         resolve_kernels(linear, target.device, backend)
 
 
@@ -235,39 +265,39 @@ def _give_plans(applied: AppliedRecipe) -> None:
             plan.tally = target.module.plan.tally
         target.module.set_plan(plan)
         backends = {name: kernel.backend for name, kernel in plan.kernels.items()}
-        updated[i] = LinearRow(row.site, row.linear, row.recipe, row.why, backends)
+        gather = gather_words(row.recipe, target.module.comm, applied.tokens)
+        updated[i] = LinearRow(row.site, row.linear, row.recipe, row.why, backends, gather)
     applied.rows = tuple(updated)
 
 
-def _replace(root: nn.Module, path: str, module: nn.Module, high_precision: bool) -> Fp4Module | None:
-    """Swap a torch.nn.Linear for an Fp4Linear in every place that holds it; one that stays in bf16 is left alone."""
-    if high_precision:
+def _ready(module: nn.Module, path: str, high_precision: bool) -> Fp4Module | None:
+    """The module as one that can have a plan; None for one that stays, or becomes again, torch's own."""
+    if high_precision and (revert(module) or not isinstance(module, Fp4Module)):
         return None
-    if type(module) is not nn.Linear:
-        raise RecipeMismatch(
-            f"{path} is a {type(module).__name__}, a subclass of torch.nn.Linear whose forward fp4dist would replace;"
-            " give it to bf16 with a rule or make it a plain Linear"
-        )
-    if not path:
-        raise RecipeMismatch("the model itself is a torch.nn.Linear; wrap it in a module or use Fp4Linear.of(model)")
-    made = Fp4Linear.of(module)
-    places = [place for place, held in root.named_modules(remove_duplicate=False) if held is module]
-    for place in places:
-        parent, _, name = place.rpartition(".")
-        setattr(root.get_submodule(parent), name, made)
-    return made
+    if isinstance(module, Fp4Module):
+        return module
+    return convert(module, path) if isinstance(module, nn.Linear) or is_conv1d(module) else None
+
+
+def _data_parallel(targets: Sequence[Target]) -> tuple[int, int]:
+    """(rank, size) of this process among all, for a plain model; (0, 1) where an engine keeps the clock."""
+    plain = all(isinstance(target.module, Fp4Linear | Fp4Conv1D) for target in targets)
+    if not (plain and dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _refuse_unreachable(applied: AppliedRecipe, chunks: Sequence[nn.Module], local_layers: set[int | None]) -> None:
     """A linear that a rule quantizes but that nothing here can run in FP4 (such as Megatron's own output layer)."""
     reached = {t.site.path for t in applied.targets}
-    held = {path for chunk in chunks for path, _ in chunk.named_modules()}
+    held = {path for chunk in chunks for path, _, _ in named_modules(chunk)}
+    shared = {experts_of(path) for path in reached} - {None}  # expert parallelism: this rank runs a part of them
     for row in applied.rows:
         site = row.site
         if site.path in reached or all(v.is_high_precision for v in applied.recipe.variants(row.linear)):
             continue
         elsewhere = site.path not in held if site.layer is None else site.layer not in local_layers
-        if elsewhere:  # on another pipeline stage
+        if elsewhere or experts_of(site.path) in shared:  # on another pipeline stage or expert-parallel rank
             continue
         raise RecipeMismatch(
             f"{site.path}: {row.why} asks for FP4, but this layer's class cannot run it;"

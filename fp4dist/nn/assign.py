@@ -76,24 +76,27 @@ def describe(rule: Rule, num_layers: int) -> str:
     return " ".join(words) or "everything"
 
 
-def check_shapes(site: LinearSite, recipe: LinearRecipe, *, tokens: int | None, tp: int) -> None:
+def check_shapes(site: LinearSite, recipe: LinearRecipe, *, tokens: int | None, tp: int, cp: int = 1) -> None:
     """Every operand's rows and columns must divide by its block and rotation on each rank.
 
     tokens   tokens of one micro-batch on one context-parallel rank; None skips the wgrad check of T
+    cp       context-parallel ranks: with more than one, a rank holds two separate pieces of the sequence
     """
+    tokens = None if site.role == "expert" else tokens  # the router decides it, and experts fill up their operands
     sizes: dict[Dim, int | None] = {"T": tokens, "O": site.out_features, "I": site.in_features}
     names = {"T": "tokens per micro-batch", "O": "output features", "I": "input features"}
     for slot in SLOTS:
         spec = recipe.slot(slot)
         if spec is None:
             continue
-        for dim, multiple in zip(SLOT_DIMS[slot], (spec.shape[0], spec.columns_multiple), strict=True):
+        for dim, multiple in zip(SLOT_DIMS[slot], (spec.rows_multiple, spec.columns_multiple), strict=True):
             size = sizes[dim]
             ranks = tp if dim == site.split else 1
-            pieces = site.pieces if ranks > 1 and dim == "O" else 1  # a block must not straddle two of a rank's pieces
-            if size is not None and size % (multiple * ranks * pieces):
-                cut = f" / {pieces} stacked" if pieces > 1 else ""
-                split = f"{cut} / tp {ranks} = {size / ranks / pieces:g}" if ranks > 1 else ""
+            pieces = site.pieces if ranks > 1 and dim == "O" else 2 if cp > 1 and dim == "T" else 1
+            if size is not None and size % (multiple * ranks * pieces):  # a block must not straddle two of the pieces
+                cut = f" / {pieces} {'pieces of the sequence' if dim == 'T' else 'stacked'}" if pieces > 1 else ""
+                cut += f" / tp {ranks}" if ranks > 1 else ""
+                split = f"{cut} = {size / ranks / pieces:g}" if cut else ""
                 raise RecipeMismatch(
                     f"{site.path} {slot}: {names[dim]} = {size}{split} is not a multiple of {multiple},"
                     f" which {spec.label()} needs; change that size, use a smaller block or rotation,"

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+from weakref import WeakSet, ref
 
 from fp4dist.numerics.tensor import Key
 from fp4dist.spec.recipe import SLOTS
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Clock:
     """Step and micro-batch, set by the training loop and read by every linear of a model.
 
@@ -23,6 +31,48 @@ class Clock:
     micro_batch: int = 0
     cache_weights: bool = False
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Clock:
+        """Also of a copy, which never sees __init__: `replayable` has to know every clock."""
+        clock = object.__new__(cls)
+        _LIVE.add(clock)
+        return clock
+
     def key(self, layer: int, slot: str) -> Key:
         """The key of one whole operand of linear number `layer`; `comm.place` makes it a shard's."""
         return Key(self.seed, layer, self.step, self.micro_batch, SLOTS.index(slot))
+
+    @contextmanager
+    def at(self, step: int, micro_batch: int) -> Generator[None]:
+        """Another time inside the block; the time from before it afterwards, also after an exception."""
+        now = (self.step, self.micro_batch)
+        self.step, self.micro_batch = step, micro_batch
+        try:
+            yield
+        finally:
+            self.step, self.micro_batch = now
+
+
+_LIVE: WeakSet[Clock] = WeakSet()
+
+
+def replayable(fn: Callable[P, R]) -> Callable[P, R]:
+    """`fn`, which runs at the present time of every clock whenever it is called: for activation recomputation.
+
+    A recomputed forward pass must draw the noise of its first run. Wrap the function where it is given to the
+    checkpoint, as `fp4dist.megatron.recompute` does for Megatron, whose pipeline schedules run other micro-batches in
+    between. Where forward and backward of one micro-batch follow each other, as in a plain loop with
+    torch.utils.checkpoint or Hugging Face's gradient_checkpointing_enable, the clock still shows the right time and
+    nothing needs to be wrapped.
+    """
+    times = [(ref(clock), clock.step, clock.micro_batch) for clock in _LIVE]
+
+    @wraps(fn)
+    def replay(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for reference, step, micro_batch in times:
+                clock = reference()
+                if clock is not None:
+                    stack.enter_context(clock.at(step, micro_batch))
+            return fn(*args, **kwargs)
+
+    return replay

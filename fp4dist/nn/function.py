@@ -5,8 +5,9 @@
     dW[O,I] = dY^T[O,T] (X^T[I,T])^T
 
 Kept between forward and backward is what the backward slots' sources ask for: packed codes for `requant` and `reuse`
-(0.5625 bytes an element), the high-precision tensor for `master` and bf16. A GEMM without quantized operands runs the
-very calls of Megatron-core's own linear, so that an all-bf16 recipe gives its bits.
+(0.5625 bytes an element), the high-precision tensor for `master` and bf16; under sequence parallelism this rank's part
+of either. A GEMM without quantized operands runs the very calls of Megatron-core's own linear, so that an all-bf16
+recipe gives its bits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fp4dist.nn.comm import LinearComm
+from fp4dist.nn.gather import TokenGather, Wait
 from fp4dist.nn.plan import HIGH, LinearPlan, Operand
 from fp4dist.numerics.tensor import BlockScaledTensor
 
@@ -28,7 +30,7 @@ def fp4_linear(x: Tensor, weight: Tensor, plan: LinearPlan, comm: LinearComm) ->
 
     x        [..., I] this rank's input (a sequence-parallel part, if `comm` gathers)
     weight   [O, I] this rank's shard; a `main_grad` attribute (fp32) receives the FP4 weight gradient directly
-    returns  [..., O] in x's dtype
+    returns  [..., O] in x's dtype (likewise a part, if `comm` scatters)
     """
     with torch.autocast(x.device.type, enabled=False):  # it would run the fp32 arithmetic of a GEMM in bf16
         return Fp4LinearFunction.apply(x, weight, plan, comm, torch.is_grad_enabled())
@@ -42,21 +44,23 @@ class Fp4LinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, plan: LinearPlan, comm: LinearComm, training: bool
     ) -> Tensor:
         """Quantize x and w, multiply, keep what backward needs."""
-        full_x = comm.gather_x(x)
+        gather = TokenGather(plan, comm, counted=training)
         if plan.kind("fprop") == HIGH:
-            x_q, w_q = full_x, weight
+            full_x = gather.whole("fprop.x", x)() if comm.token_shard == "x" else x
+            x_q, w_q = x, weight
             y = torch.matmul(full_x, weight.to(full_x.dtype).t())  # the dtypes differ under autocast only
             if training:
                 plan.count("fprop", full_x.numel() // full_x.shape[-1], weight.shape[0], weight.shape[1])
         else:
-            x_q = plan.quantize("fprop.x", full_x.flatten(0, -2), comm)
+            every_x, x_q = gather.forward_x(x)
             w_q = plan.quantize_weight(weight, comm, training)
-            y = plan.matmul("fprop", x_q, w_q, counted=training).to(x.dtype).unflatten(0, full_x.shape[:-1])
+            y = plan.matmul("fprop", every_x(), w_q, counted=training).to(x.dtype)
+            y = y.unflatten(0, _leading(x, comm, "x"))
         if training:
             ctx.plan, ctx.comm, ctx.clock = plan, comm, (plan.clock.step, plan.clock.micro_batch)
             ctx.weight = weight  # the parameter itself: backward looks for its main_grad
             _save(ctx, x, x_q, w_q)
-        return y
+        return comm.reduce_y(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
@@ -65,39 +69,45 @@ class Fp4LinearFunction(torch.autograd.Function):
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         plan.tally.unneeded.update(g for g, needed in (("dgrad", needs_dx), ("wgrad", needs_dw)) if not needed)
         x, x_q, w_q = _restore(ctx)
-        now = (plan.clock.step, plan.clock.micro_batch)
-        plan.clock.step, plan.clock.micro_batch = ctx.clock
-        dy_TO = dy.flatten(0, -2)
-        try:
-            with torch.autocast(dy.device.type, enabled=False):
-                finish_dx = comm.reduce_dx(_dgrad(plan, comm, dy, dy_TO, w_q, weight)) if needs_dx else None
-                dw = _wgrad(plan, comm, dy_TO, x, x_q) if needs_dw else None
-        finally:
-            plan.clock.step, plan.clock.micro_batch = now
+        gather, leading = TokenGather(plan, comm), _leading(dy, comm, "y")
+        with plan.clock.at(*ctx.clock), torch.autocast(dy.device.type, enabled=False):
+            dy_TO, dy_OT, whole_dy = gather.gradient(dy, needs_dx, needs_dw)
+            tokens = leading.numel()
+            x_IT = gather.backward_x(x, x_q, tokens, dy.element_size()) if needs_dw else None  # travels under dgrad
+            dx = _dgrad(plan, comm, dy_TO, whole_dy, w_q, weight, dy.dtype, leading) if needs_dx else None
+            operands = (dy_OT(), x_IT()) if x_IT is not None else None  # before: their amax would wait for dX behind it
+            finish_dx = comm.reduce_dx(dx) if dx is not None else None  # travels under wgrad's GEMM
+            dw = _wgrad(plan, *operands) if operands is not None else None
         dx = finish_dx() if finish_dx is not None else None
         return dx, _hand_over(weight, dw) if dw is not None else None, None, None, None
 
 
-def _dgrad(plan: LinearPlan, comm: LinearComm, dy: Tensor, dy_TO: Tensor, w_q: Codes, weight: Tensor) -> Tensor:
-    """[..., I] in dy's dtype; under tensor parallelism a partial sum."""
+def _leading(t: Tensor, comm: LinearComm, name: str) -> torch.Size:
+    """Leading dimensions of x or y with all tokens, from this rank's tensor."""
+    first = t.shape[0] * (comm.size if comm.token_shard == name else 1)
+    return torch.Size((first, *t.shape[1:-1]))
+
+
+def _dgrad(
+    plan: LinearPlan, comm: LinearComm, dy_TO: Wait, whole_dy: Wait, w_q: Codes, weight: Tensor, dtype: torch.dtype,
+    leading: torch.Size,
+) -> Tensor:  # fmt: skip
+    """[..., I] in dY's dtype; under tensor parallelism a partial sum."""
     if plan.kind("dgrad") == HIGH:
-        plan.count("dgrad", dy_TO.shape[0], weight.shape[1], weight.shape[0])
-        return dy.matmul(weight.to(dy.dtype))
-    dy_q = plan.quantize("dgrad.dy", dy_TO, comm)
+        plan.count("dgrad", leading.numel(), weight.shape[1], weight.shape[0])
+        return whole_dy().matmul(weight.to(dtype))  # type: ignore[arg-type]
     wt_q = plan.backward_operand("dgrad.w", w_q, weight, comm)
-    return plan.matmul("dgrad", dy_q, wt_q).to(dy.dtype).unflatten(0, dy.shape[:-1])
+    return plan.matmul("dgrad", dy_TO(), wt_q).to(dtype).unflatten(0, leading)
 
 
-def _wgrad(plan: LinearPlan, comm: LinearComm, dy_TO: Tensor, x: Tensor | None, x_q: Codes) -> Tensor:
-    """[O, I]: fp32 if quantized, else in dy's dtype."""
-    x_TI = comm.gather_x(x).flatten(0, -2) if x is not None else None
+def _wgrad(plan: LinearPlan, dy_OT: Operand, x_IT: Operand) -> Tensor:
+    """[O, I]: fp32 if quantized, else in dY's dtype."""
     if plan.kind("wgrad") == HIGH:
-        assert x_TI is not None
-        plan.count("wgrad", dy_TO.shape[1], x_TI.shape[1], x_TI.shape[0])
-        return dy_TO.t().matmul(x_TI)
-    dyt_q = plan.quantize("wgrad.dy", dy_TO.t(), comm)
-    xt_q = plan.backward_operand("wgrad.x", x_q, x_TI, comm)
-    return plan.matmul("wgrad", dyt_q, xt_q)
+        assert isinstance(dy_OT, Tensor)
+        assert isinstance(x_IT, Tensor)
+        plan.count("wgrad", dy_OT.shape[0], x_IT.shape[0], dy_OT.shape[1])
+        return dy_OT.matmul(x_IT.t())
+    return plan.matmul("wgrad", dy_OT, x_IT)
 
 
 def _hand_over(weight: Tensor, dw: Tensor) -> Tensor:
@@ -108,7 +118,8 @@ def _hand_over(weight: Tensor, dw: Tensor) -> Tensor:
     """
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None or dw.dtype != torch.float32 or not hasattr(weight, "grad_added_to_main_grad"):
-        return dw.to(weight.dtype)
+        wanted = weight.grad_dtype if weight.is_leaf else weight.dtype  # ZeRO keeps fp32 gradients of bf16 weights
+        return dw if wanted is None else dw.to(wanted)
     main_grad.add_(dw)
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.zeros_like(weight)

@@ -1,13 +1,30 @@
-"""Fp4Linear: torch.nn.Linear under a LinearPlan, for models outside Megatron."""
+"""Fp4Linear and Fp4Conv1D: the linears of plain torch and of Hugging Face's GPT-2 under a LinearPlan.
+
+`convert` changes a module's class in place instead of building another module: parameters, hooks, mode, the references
+that optimizers, FSDP2 and DDP hold, and the names in a state_dict all stay; `revert` changes it back.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import LinearComm, NoComm
 from fp4dist.nn.function import fp4_linear
 from fp4dist.nn.plan import LinearPlan
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_BEFORE = "_class_before_fp4"  # where a converted module remembers its own class
+
+
+def _eager(function: Callable[P, R]) -> Callable[P, R]:
+    """What reads the clock and counts GEMMs must not be traced: a compiled model breaks its graph there."""
+    return cast(Callable[P, R], torch.compiler.disable(function))
 
 
 class Fp4Linear(nn.Linear):
@@ -34,12 +51,93 @@ class Fp4Linear(nn.Linear):
         """(in, out)."""
         return self.in_features, self.out_features
 
+    @_eager
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         if self.plan is None:
             return super().forward(input)
-        if torch.is_autocast_enabled(input.device.type):  # as torch.nn.functional.linear does
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        y = fp4_linear(input, self.weight, self.plan, self.comm)
-        bias: Tensor | None = self.bias
-        return y if bias is None else y + bias.to(y.dtype)
+        return _planned(input, self.weight, self.bias, self.plan, self.comm)
+
+
+class Fp4Conv1D(nn.Module):
+    """Hugging Face's `Conv1D` (GPT-2 and its kin) under a plan: a linear whose weight is stored as [I, O].
+
+    Only `convert` makes one, from a Conv1D; without a plan it computes what that computes.
+    """
+
+    plan: LinearPlan | None = None
+    comm: LinearComm = NoComm()
+    weight: Tensor
+    bias: Tensor
+
+    def set_plan(self, plan: LinearPlan | None) -> None:
+        """Run under `plan` from now on; None is Conv1D again."""
+        self.plan = plan
+
+    def global_features(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @_eager
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        if self.plan is None:
+            return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        return _planned(x, self.weight.t(), self.bias, self.plan, self.comm)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is Hugging Face's Conv1D, told without importing transformers."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def convert(module: nn.Module, path: str) -> Fp4Linear | Fp4Conv1D:
+    """Turn a torch.nn.Linear or Hugging Face Conv1D into its FP4 class, in place; without a plan it computes as before.
+
+    path     the module's name, for the RecipeMismatch where its forward is not the one that would be replaced
+    """
+    if "forward" in module.__dict__:
+        raise RecipeMismatch(
+            f"{path} has a forward of its own, set on the module (accelerate's hooks do that), which would bypass FP4;"
+            " apply the recipe first, or give this layer to bf16 with a rule"
+        )
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        sharded = type(module).__name__.startswith("FSDP")
+        way_out = "apply the recipe before fully_shard" if sharded else "make it a plain Linear"
+        raise RecipeMismatch(
+            f"{path} is a {type(module).__name__}, a subclass of torch.nn.Linear whose forward fp4dist would replace;"
+            f" {way_out}, or give it to bf16 with a rule"
+        )
+    module.__dict__[_BEFORE] = type(module)
+    _become(module, Fp4Linear if isinstance(module, nn.Linear) else Fp4Conv1D)
+    assert isinstance(module, Fp4Linear | Fp4Conv1D)
+    return module
+
+
+def revert(module: nn.Module) -> bool:
+    """Give a converted module its own class back and drop its plan; False for a module that `convert` has not made."""
+    before = module.__dict__.get(_BEFORE)
+    if before is None or not isinstance(module, Fp4Linear | Fp4Conv1D):
+        return False
+    for name in (_BEFORE, "plan"):
+        module.__dict__.pop(name, None)
+    _become(module, before)
+    return True
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls  # pyright: ignore[reportAttributeAccessIssue] (the layouts are those of nn.Module)
+
+
+def _planned(x: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPlan, comm: LinearComm) -> Tensor:
+    """[..., I], weight [O, I] -> [..., O], in x's dtype or autocast's."""
+    if hasattr(weight, "placements"):
+        raise RecipeMismatch(
+            f"{plan.path}: its weight is a DTensor in forward, as tensor parallelism by parallelize_module leaves it;"
+            " fp4dist needs the whole weight (DDP, fully_shard) or Megatron's tensor parallelism"
+        )
+    if torch.is_autocast_enabled(x.device.type):  # as torch.nn.functional.linear does
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y = fp4_linear(x, weight, plan, comm)
+    return y if bias is None else y + bias.to(y.dtype)

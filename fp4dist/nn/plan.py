@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fp4dist.errors import RecipeMismatch
 from fp4dist.kernels.registry import Kernel, Request, resolve
 from fp4dist.nn.clock import Clock
 from fp4dist.nn.comm import LinearComm, place
-from fp4dist.numerics.tensor import BlockScaledTensor, Key
+from fp4dist.numerics.tensor import BlockScaledTensor
 from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe, QuantSpec
 from fp4dist.spec.run import BackendConfig
 
 Operand = BlockScaledTensor | Tensor
-FP4, MIXED, HIGH = "fp4", "mixed", "bf16"  # both operands quantized, one, none
+FP4, FP8, MIXED, HIGH = "fp4", "fp8", "mixed", "bf16"  # both operands of 4 bits; both quantized; one; none
 
 
 @dataclass(slots=True)
@@ -30,18 +31,29 @@ class Tally:
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     flops: Counter[tuple[str, str]] = field(default_factory=Counter)
     unneeded: set[str] = field(default_factory=set)  # gradients that autograd did not ask for
+    gathers: Counter[tuple[str, str]] = field(default_factory=Counter)  # by (slot, packed or high)
+    gathered_bytes: int = 0  # that this rank received in sequence-parallel gathers, the amax reductions left out
+    gathered_bytes_high: int = 0  # what they would have been in high precision
 
     def add(self, gemm: str, kind: str, flops: int) -> None:
         """Count one GEMM."""
         self.calls[gemm, kind] += 1
         self.flops[gemm, kind] += flops
 
+    def add_gather(self, slot: str, how: str, received: int, received_high: int) -> None:
+        """Count one gather of an operand over the ranks that share the tokens; both sizes in bytes."""
+        self.gathers[slot, how] += 1
+        self.gathered_bytes += received
+        self.gathered_bytes_high += received_high
+
 
 @dataclass(slots=True)
 class LinearPlan:
     """One linear: its recipe, its noise key, its kernels.
 
-    number   the linear's 32-bit number, the same on every rank and for every parallel layout
+    number      the linear's 32-bit number, the same on every rank and for every parallel layout
+    delivered   the weight's forward codes from whoever updates the weights (fp4dist.megatron.param_gather): they stand
+                for the weight until they are replaced, and the parameter itself is not read
     """
 
     path: str
@@ -50,6 +62,7 @@ class LinearPlan:
     clock: Clock
     kernels: dict[str, Kernel]
     tally: Tally = field(default_factory=Tally)
+    delivered: BlockScaledTensor | None = None
     _weight: tuple[int, BlockScaledTensor] | None = None
 
     @classmethod
@@ -67,18 +80,23 @@ class LinearPlan:
         """fp4, mixed or bf16: how many of the GEMM's operands are quantized."""
         return gemm_kind(self.recipe, gemm)
 
-    def quantize(self, slot: str, x: Tensor, comm: LinearComm) -> Operand:
-        """Quantize the matrix `x` for `slot`, or return it when the slot is bf16."""
+    def quantize(self, slot: str, x: Tensor, comm: LinearComm, token_shard: bool = False) -> Operand:
+        """Quantize the matrix `x` for `slot`, or return it when the slot is bf16.
+
+        token_shard   `x` holds this rank's part of the tokens only (sequence parallelism)
+        """
         spec = self.spec(slot)
         if spec is None:
             return x
-        return self.kernels[slot](x, spec, self._key(slot, x.shape, comm), comm.reduce_max(slot))
+        return self._run(slot, spec, x, x.shape, comm, token_shard)
 
     def quantize_weight(self, weight: Tensor, comm: LinearComm, training: bool) -> Operand:
         """The forward weight operand, kept for the rest of the step where the clock allows it.
 
         Only one without noise: its bits then do not depend on which micro-batch came first.
         """
+        if self.delivered is not None:
+            return self.delivered
         spec = self.spec("fprop.w")
         cacheable = self.clock.cache_weights and training and spec is not None and spec.is_deterministic
         if cacheable and self._weight is not None and self._weight[0] == self.clock.step:
@@ -88,7 +106,12 @@ class LinearPlan:
         return operand
 
     def backward_operand(
-        self, slot: str, forward: BlockScaledTensor | None, master: Tensor | None, comm: LinearComm
+        self,
+        slot: str,
+        forward: BlockScaledTensor | None,
+        master: Tensor | None,
+        comm: LinearComm,
+        token_shard: bool = False,
     ) -> Operand:
         """The transposed weight or input for a backward GEMM, from the source that its spec names.
 
@@ -97,12 +120,12 @@ class LinearPlan:
         spec = self.spec(slot)
         if spec is None or spec.source == "master":
             assert master is not None
-            return self.quantize(slot, master.t(), comm)
+            return self.quantize(slot, master.t(), comm, token_shard)
         assert forward is not None
         if spec.source == "reuse":
             return forward.transpose()
         shape = torch.Size((forward.shape[1], forward.shape[0]))
-        return self.kernels[slot](forward, spec, self._key(slot, shape, comm), comm.reduce_max(slot))
+        return self._run(slot, spec, forward, shape, comm, token_shard)
 
     def matmul(self, gemm: str, a: Operand, b: Operand, counted: bool = True) -> Tensor:
         """A B^T in fp32, with at least one operand quantized."""
@@ -116,16 +139,31 @@ class LinearPlan:
 
     def drop_cache(self) -> None:
         """Forget the quantized weight."""
-        self._weight = None
+        self._weight = self.delivered = None
 
-    def _key(self, slot: str, shape: torch.Size, comm: LinearComm) -> Key:
-        return place(comm, slot, shape[0], shape[1], self.clock.key(self.number, slot))
+    def _run(
+        self, slot: str, spec: QuantSpec, source: Operand, shape: torch.Size, comm: LinearComm, token_shard: bool
+    ) -> BlockScaledTensor:
+        """The slot's kernel on `source`, which gives codes of `shape`."""
+        key = place(comm, slot, shape[0], shape[1], self.clock.key(self.number, slot), token_shard)
+        for name, size, multiple, runs in (
+            ("rows", shape[0], spec.rows_multiple, key.row_runs),
+            ("columns", shape[1], spec.columns_multiple, key.column_runs),
+        ):
+            if len(runs) > 1 and size % (multiple * len(runs)):
+                raise RecipeMismatch(
+                    f"{self.path} {slot}: this rank's {size} {name} are {len(runs)} separate runs of the whole, each of"
+                    f" which must be a multiple of {multiple} for {spec.label()}; change that size (tokens of a"
+                    " micro-batch, or parallel.cp), or give this layer to bf16 with a rule"
+                )
+        reduce_max = comm.reduce_max(slot, token_shard) if spec.amax_scope == "tensor" else None
+        return self.kernels[slot](source, spec, key, reduce_max)
 
 
 def gemm_kind(recipe: LinearRecipe, gemm: str) -> str:
-    """fp4, mixed or bf16."""
+    """fp4, fp8 (both operands quantized, one or both to more than 4 bits), mixed or bf16."""
     quantized = sum(recipe.slot(s) is not None for s in SLOTS if s.startswith(gemm))
-    return (HIGH, MIXED, FP4)[quantized]
+    return (HIGH, MIXED, FP4 if recipe.gemm_is_fp4(gemm) else FP8)[quantized]
 
 
 def resolve_kernels(recipe: LinearRecipe, device: torch.device, config: BackendConfig) -> dict[str, Kernel]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fp4dist.nn.plan import gemm_kind
@@ -14,16 +14,21 @@ from fp4dist.spec.recipe import BLOCK_ROLES, GEMMS, SLOTS, LinearRecipe, Recipe
 
 @dataclass(frozen=True, slots=True)
 class LinearRow:
-    """One line of the table. kernels: slot or GEMM -> backend (empty in a dry run)."""
+    """One line of the table.
+
+    kernels   slot or GEMM -> backend (empty in a dry run)
+    gather    slot -> packed or high, where sequence parallelism gathers its tokens (of this rank's linears)
+    """
 
     site: LinearSite
     linear: str
     recipe: LinearRecipe
     why: str
     kernels: dict[str, str]
+    gather: dict[str, str] = field(default_factory=dict)
 
     def kinds(self) -> dict[str, str]:
-        """GEMM -> fp4, mixed or bf16."""
+        """GEMM -> fp4, fp8, mixed or bf16."""
         return {gemm: gemm_kind(self.recipe, gemm) for gemm in GEMMS}
 
     def to_json(self) -> dict[str, Any]:
@@ -38,6 +43,7 @@ class LinearRow:
             "slots": {name: spec.label() if spec else "bf16" for name, spec in slots.items()},
             "gemms": self.kinds(),
             "kernels": self.kernels,
+            "gather": self.gather,
             "why": self.why,
         }
 
@@ -48,8 +54,9 @@ def fp4_share(rows: Sequence[LinearRow]) -> float:
     A model without known roles counts all of its linears.
     """
     counted = [r for r in rows if r.site.role in BLOCK_ROLES] or list(rows)
-    total = sum(len(GEMMS) * r.site.in_features * r.site.out_features for r in counted)
-    fp4 = sum(sum(map(r.recipe.gemm_is_fp4, GEMMS)) * r.site.in_features * r.site.out_features for r in counted)
+    cost = {r.site.path: r.site.token_share * r.site.in_features * r.site.out_features for r in counted}
+    total = sum(len(GEMMS) * cost[r.site.path] for r in counted)
+    fp4 = sum(sum(map(r.recipe.gemm_is_fp4, GEMMS)) * cost[r.site.path] for r in counted)
     return fp4 / total if total else 0.0
 
 
@@ -73,7 +80,8 @@ def table_text(rows: Sequence[LinearRow], recipe: Recipe, remarks: Sequence[str]
     for row in rows:
         name = row.site.path.rsplit(".", 1)[-1]
         key = (name, row.site.role, row.site.out_features, row.site.in_features, row.linear, row.why)
-        groups.setdefault((*key, tuple(sorted(row.kernels.items()))), []).append(row)
+        how = (tuple(sorted(row.kernels.items())), tuple(sorted(row.gather.items())))
+        groups.setdefault((*key, *how), []).append(row)
     for members in groups.values():
         lines += _group_lines(members)
     return "\n".join(lines)
@@ -84,6 +92,8 @@ def _group_lines(members: Sequence[LinearRow]) -> list[str]:
     layers = [m.site.layer for m in members if m.site.layer is not None]
     where = f" layers {_ranges(layers)}" if layers else ""
     name = row.site.path.rsplit(".", 1)[-1]
+    if row.site.role == "expert":
+        where += f" ({len(members)} expert linears)"
     head = f"  {name:<12} [{row.site.out_features} x {row.site.in_features}]{where}: {row.linear} ({row.why})"
     if row.recipe.is_high_precision:
         return [head]
@@ -94,7 +104,8 @@ def _group_lines(members: Sequence[LinearRow]) -> list[str]:
         for slot in operands:
             spec = row.recipe.slot(slot)
             backend = f" <{row.kernels[slot]}>" if slot in row.kernels else ""
-            texts.append(f"{slot.split('.')[1]}: {spec.label() if spec else 'bf16'}{backend}")
+            gather = f" gather: {row.gather[slot]}" if slot in row.gather else ""
+            texts.append(f"{slot.split('.')[1]}: {spec.label() if spec else 'bf16'}{backend}{gather}")
         matmul = f"  gemm <{row.kernels[gemm]}>" if gemm in row.kernels else ""
         lines.append(f"      {gemm}  {'  |  '.join(texts)}{matmul}")
     return lines

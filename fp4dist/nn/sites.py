@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2s
 from typing import Protocol, runtime_checkable
@@ -12,6 +12,7 @@ from torch import nn
 
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import Dim, LinearComm
+from fp4dist.nn.linear import is_conv1d
 from fp4dist.nn.plan import LinearPlan
 
 # Role -> last components of module paths: Megatron, Hugging Face, common plain names.
@@ -30,6 +31,8 @@ _ROLE_OF = {name: role for role, names in ROLE_NAMES.items() for name in names.s
 _ROLE_BY_PLACE = {"c_proj": ("proj", "fc2"), "dense": ("proj", "")}
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _EXPERT = re.compile(r"(^|\.)(local_)?experts(\.|$)")
+_LOCAL_EXPERT = re.compile(r"(?P<parent>.*)\.local_experts\.(?P<number>\d+)(?P<rest>.*)")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts of a path that name no layer
 _LAYER = re.compile(r"((?:^|\.)(?:layers|blocks|block|h|layer)\.)(\d+)(?=\.)")
 # How tensor parallelism shards a role's weight [O, I].
 ROLE_SPLIT: dict[str, Dim] = {"qkv": "O", "fc1": "O", "head": "O", "proj": "I", "fc2": "I"}
@@ -41,6 +44,7 @@ class LinearSite:
 
     path   module path with global layer numbers; role   a word of `ROLES` or ""; layer   global number or None
     pieces matrices stacked in the weight's rows that tensor parallelism shards one by one (SwiGLU's gate and up: 2)
+    token_share   of all tokens, the part that passes the linear if experts are used evenly
     """
 
     path: str
@@ -49,6 +53,7 @@ class LinearSite:
     in_features: int
     out_features: int
     pieces: int = 1
+    token_share: float = 1.0
 
     @property
     def number(self) -> int:
@@ -97,18 +102,65 @@ def global_path(path: str, layer_offset: int) -> str:
     return _LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + layer_offset}", path, count=1) if layer_offset else path
 
 
+def expert_path(path: str, first_experts: Mapping[str, int]) -> str:
+    """Renumber a rank's experts: `...experts.local_experts.0` becomes 4 where first_experts[`...experts`] is 4."""
+    found = _LOCAL_EXPERT.match(path)
+    if found is None or found["parent"] not in first_experts:
+        return path
+    return f"{found['parent']}.local_experts.{int(found['number']) + first_experts[found['parent']]}{found['rest']}"
+
+
+def experts_of(path: str) -> str | None:
+    """The path of the experts that a linear belongs to, where they are numbered as Megatron does; else None."""
+    found = _LOCAL_EXPERT.match(path)
+    return found["parent"] if found is not None else None
+
+
 def layer_of(path: str) -> int | None:
     """The layer number in a path, or None outside the layer stack."""
     found = _LAYER.search(path)
     return int(found[2]) if found else None
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """(path, local path, module) of every module; `path` lacks what wrappers put into the local one.
+
+    DDP, Megatron's wrappers and DeepSpeed's engine hold the model as `module`, torch.compile as `_orig_mod`, FSDP 1 and
+    checkpoint_wrapper under names of their own. A layer's rules and noise must not depend on them.
+    """
+    outer, inner = "", model
+    while (name := _wrapped(inner)) is not None:
+        outer, inner = f"{outer}{name}.", inner.get_submodule(name)
+    for local, module in model.named_modules():
+        path = local[len(outer) :] if local.startswith(outer) else ""
+        yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), local, module
+
+
 def find_linears(model: nn.Module, layer_offset: int = 0) -> Iterator[tuple[LinearSite, str, nn.Module]]:
-    """(site, local path, module) of every linear that can be given a plan: ours, and torch.nn.Linear."""
-    for path, module in model.named_modules():
+    """(site, local path, module) of every linear that can be given a plan: ours, torch.nn.Linear, GPT-2's Conv1D.
+
+    Also stacked expert weights [E, O, I] that no class of ours can run (Hugging Face's fused experts), a site for each,
+    so that a rule which asks for FP4 there is told so.
+    """
+    first_experts: dict[str, int] = {}
+    for path, local, module in named_modules(model):
+        if isinstance(first := getattr(module, "first_expert", None), int):  # expert parallelism: a part of them
+            first_experts[path] = first
+        where = global_path(expert_path(path, first_experts), layer_offset)
+        for name, parameter in _stacked_experts(where, module):
+            yield (
+                LinearSite(
+                    path=f"{where}.{name}",
+                    role="expert",
+                    layer=layer_of(where),
+                    in_features=parameter.shape[-1],
+                    out_features=parameter.shape[-2],
+                ),
+                local,
+                module,
+            )
         features = _features(module)
         if features is not None:
-            where = global_path(path, layer_offset)
             pieces: int = getattr(getattr(module, "comm", None), "pieces", 1)
             site = LinearSite(
                 path=where,
@@ -117,8 +169,9 @@ def find_linears(model: nn.Module, layer_offset: int = 0) -> Iterator[tuple[Line
                 in_features=features[0],
                 out_features=features[1],
                 pieces=pieces,
+                token_share=getattr(module, "token_share", 1.0),
             )
-            yield site, path, module
+            yield site, local, module
 
 
 def check_numbers(sites: Iterable[LinearSite]) -> None:
@@ -132,9 +185,28 @@ def check_numbers(sites: Iterable[LinearSite]) -> None:
             )
 
 
+def _wrapped(module: nn.Module) -> str | None:
+    """The name under which a wrapper at the model's root holds the model; None where `module` is no wrapper.
+
+    `module` is a likely name for a part of a model as well: only a module that has nothing else is a wrapper.
+    """
+    children = {name for name, _ in module.named_children()}
+    found = children & _WRAPPERS or (children if children == {"module"} and not module._parameters else set())
+    return found.pop() if found else None
+
+
+def _stacked_experts(path: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    if isinstance(module, Fp4Module) or not _EXPERT.search(path):
+        return []
+    return [(name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
+
+
 def _features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Fp4Module):
         return module.global_features()
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    if is_conv1d(module):
+        weight = module.get_parameter("weight")
+        return weight.shape[0], weight.shape[1]
     return None

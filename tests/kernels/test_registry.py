@@ -38,7 +38,7 @@ def refusal(kind: str = "auto", device: torch.device = CPU) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("op", ["quantize", "requantize", "dequantize", "amax", "matmul"])
+@pytest.mark.parametrize("op", ["quantize", "requantize", "dequantize", "amax", "matmul", "grouped_matmul"])
 def test_the_reference_has_every_operation(op: str) -> None:
     assert resolve(Request(op, NV, CPU), BackendConfig()).backend == "reference"  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe
 from fp4dist.spec.run import BackendConfig
 from tests.generators import normal
 
-TOKENS, INPUTS, OUTPUTS = 256, 80, 128  # T and O divide by every shipped rotation; I is no multiple of 32
+TOKENS, INPUTS, OUTPUTS = 256, 96, 128  # T and O divide by every shipped rotation; I is no multiple of 64
 NUMBER = 0xABCD1234
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from fp4dist.nn.apply import plan_table
-from fp4dist.nn.report import fp4_share
+from fp4dist.nn.report import fp4_share, table_text
 from fp4dist.nn.sites import LinearSite
 from fp4dist.spec.load import load_recipe, recipe_hash
 from fp4dist.spec.recipe import Dgrad, Fprop, LinearRecipe, Recipe, Rule, Wgrad
@@ -42,6 +43,7 @@ def test_json_has_every_linear_with_its_six_slots() -> None:
         },
         "gemms": {"fprop": "fp4", "dgrad": "fp4", "wgrad": "fp4"},
         "kernels": {},
+        "gather": {},
         "why": "rule 1: qkv/proj/fc1/fc2/expert",
     }
     last = by_path["model.layers.3.mlp.gate_proj"]
@@ -95,6 +97,16 @@ def test_the_text_groups_like_layers_and_says_why_not() -> None:
         "      dgrad  dy: nvfp4 1x16 17/16 sr  |  w: nvfp4 16x16 reuse",
         "      wgrad  dy: nvfp4 1x16 17/16 sr rht16  |  x: nvfp4 1x16 rht16",
     ]
+
+
+def test_the_text_says_how_tokens_are_gathered() -> None:
+    table = plan_table(make_sites(2), load_recipe("nvidia_nvfp4"))
+    row = next(row for row in table.rows if row.site.path == "model.layers.0.mlp.gate_proj")
+    gathered = replace(row, gather={"fprop.x": "packed", "wgrad.x": "high"})
+    lines = table_text([gathered], table.recipe, ()).splitlines()
+    assert "      fprop  x: nvfp4 1x16 gather: packed  |  w: nvfp4 16x16" in lines
+    assert "      wgrad  dy: nvfp4 1x16 17/16 sr rht16  |  x: nvfp4 1x16 rht16 gather: high" in lines
+    assert gathered.to_json()["gather"] == {"fprop.x": "packed", "wgrad.x": "high"}
 
 
 def test_scattered_layers_are_listed_as_ranges() -> None:
