@@ -79,7 +79,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def megatron_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> Generator[Any]:
+def megatron_groups(
+    tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234, ep: int = 1, etp: int = 1
+) -> Generator[Any]:
     """Megatron's process groups over the default group, on the CPU, for one `with` block; yields parallel_state.
 
     Several blocks, one after the other, may share one process group. Also seeds the RNG tracker.
@@ -90,7 +92,14 @@ def megatron_groups(tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> 
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        tp,
+        pp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        create_gloo_process_groups=False,
+    )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     try:

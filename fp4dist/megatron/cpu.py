@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4dist.megatron.upstream import tensor_parallel
+from fp4dist.megatron.upstream import rope_utils, tensor_parallel, token_dispatcher
 
 log = logging.getLogger("fp4dist")
 _random = tensor_parallel.random
@@ -122,6 +122,35 @@ def _device_names() -> None:
             function.__code__ = _retarget(function.__code__)
 
 
+def _moe_stream() -> None:
+    """The all-to-all dispatcher of experts has a stream for copying its counts to the CPU, where they are already.
+
+    Without: RuntimeError 'torch.cuda.Stream requires CUDA support', or the same error with a CUDA build of torch, in
+    MoEAlltoAllTokenDispatcher.__init__.
+    """
+    dispatcher: Any = token_dispatcher.MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = _DoneStream()
+
+
+def _moe_splits() -> None:
+    """Of that copy's effect there remains: its callers find the splits as numpy arrays.
+
+    Without: AttributeError in MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize, which records an event there.
+    """
+    dispatcher: Any = token_dispatcher.MoEAlltoAllTokenDispatcher
+    dispatcher._maybe_dtoh_and_synchronize = _splits_to_numpy
+
+
+def _pinned_rope() -> None:
+    """The positions of a context-parallel rank are picked by an index that is not in pinned memory.
+
+    Without: RuntimeError 'pin_memory=True requires a CUDA or other accelerator backend' in RotaryEmbedding.forward.
+    """
+    code = rope_utils.get_pos_emb_on_this_cp_rank.__code__
+    unpinned = tuple(False if constant is True else constant for constant in code.co_consts)
+    rope_utils.get_pos_emb_on_this_cp_rank.__code__ = code.replace(co_consts=unpinned)
+
+
 SHIMS: dict[str, Callable[[], None]] = {
     "current_device": _current_device,
     "tensor_cuda": _tensor_cuda,
@@ -129,6 +158,9 @@ SHIMS: dict[str, Callable[[], None]] = {
     "current_stream": _current_stream,
     "rng_tracker": _rng_tracker,
     "device_names": _device_names,
+    "pinned_rope": _pinned_rope,
+    "moe_stream": _moe_stream,
+    "moe_splits": _moe_splits,
 }
 
 
@@ -143,6 +175,15 @@ class _DoneStream:
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
+
+
+def _splits_to_numpy(self: Any, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
+    """Of _maybe_dtoh_and_synchronize what is left on a CPU: splits as numpy arrays, which its callers expect."""
+    if not self.drop_and_pad and point == self.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            splits = getattr(self, name)
+            setattr(self, name, splits.numpy() if isinstance(splits, Tensor) else splits)
+    return tokens_per_expert
 
 
 class CpuRNGStatesTracker(_random.CudaRNGStatesTracker):

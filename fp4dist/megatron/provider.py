@@ -17,7 +17,8 @@ from torch import nn
 from fp4dist.errors import ConfigError
 from fp4dist.megatron.attention import core_attention
 from fp4dist.megatron.initialize import initialize_weights, keep_values
-from fp4dist.megatron.norm import RMSNorm
+from fp4dist.megatron.norm import Norm
+from fp4dist.megatron.recompute import keep_clock_on_replay
 from fp4dist.megatron.upstream import (
     MEGATRON_VERSION,
     AttnMaskType,
@@ -39,11 +40,14 @@ from fp4dist.megatron.upstream import (
     get_cuda_rng_tracker,
     get_mlp_module_spec_for_backend,
     get_num_layers_to_build,
+    get_transformer_layer_offset,
     model_parallel_cuda_manual_seed,
+    parallel_state,
     set_defaults_if_not_set_tensor_model_parallel_attributes,
+    tensor_parallel,
     without_known_warnings,
 )
-from fp4dist.spec.run import RunConfig
+from fp4dist.spec.run import ModelConfig, MoeConfig, ParallelConfig, RunConfig
 
 Linears = Literal["fp4dist", "megatron"]
 
@@ -76,21 +80,30 @@ class Fp4SpecProvider(BackendSpecProvider):
         return None
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
-        """Always RMSNorm, which refuses a config that asks for another; `has_residual` came with 0.17."""
-        return RMSNorm
+        """RMSNorm or LayerNorm, whatever the config says; `has_residual` came with 0.17."""
+        return Norm
 
     def core_attention(self) -> type:
         """Transformer Engine's attention or torch's."""
         return core_attention()
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False) -> Any:
-        """Experts one after the other, each with our linears; 0.16 wants a pair, later versions a builder."""
-        if moe_use_grouped_gemm or moe_use_legacy_grouped_gemm:
-            raise ConfigError("moe_grouped_gemm = True: fp4dist has no grouped linears yet; set moe_grouped_gemm False")
-        submodules = MLPSubmodules(linear_fc1=self.column, linear_fc2=self.row)
+        """Experts in one grouped GEMM or one after the other; 0.16 wants a pair, later versions a builder."""
+        experts, submodules = self._experts(moe_use_grouped_gemm or moe_use_legacy_grouped_gemm)
         if MEGATRON_VERSION < (0, 17):
-            return SequentialMLP, submodules
-        return partial(SequentialMLP, submodules=submodules)
+            return experts, submodules
+        return partial(experts, submodules=submodules)
+
+    def _experts(self, grouped: bool) -> tuple[type, MLPSubmodules]:
+        if self.column is ColumnParallelLinear:  # Megatron's own have no grouped form without Transformer Engine
+            return SequentialMLP, MLPSubmodules(linear_fc1=self.column, linear_fc2=self.row)
+        from fp4dist.megatron import experts
+
+        if not grouped:
+            submodules = MLPSubmodules(linear_fc1=experts.ExpertColumn, linear_fc2=experts.ExpertRow)
+            return experts.Fp4SequentialExperts, submodules
+        submodules = MLPSubmodules(linear_fc1=experts.GroupedColumn, linear_fc2=experts.GroupedRow)
+        return experts.Fp4GroupedExperts, submodules
 
     def activation_func(self) -> Any:
         """No module: config.activation_func is called."""
@@ -136,6 +149,7 @@ def transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConf
     if model.kv_channels % 2:
         raise ConfigError(f"model.head_dim = {model.kv_channels} must be even: RoPE rotates pairs")
     gpu = torch.cuda.is_available()
+    compiled = gpu and not config.train.deterministic  # each process tunes its compiled sums by itself
     settings: dict[str, Any] = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -160,22 +174,88 @@ def transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConf
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        # two stages would exchange two tensors at once in a batch, between the same two ranks
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
         context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=1,
         sequence_parallel=parallel.sequence_parallel,
-        deallocate_pipeline_outputs=parallel.pp > 1,
+        # the interleaved schedule frees an output whose sending it has not waited for: over gloo, garbage would arrive
+        deallocate_pipeline_outputs=parallel.pp > 1 and parallel.vpp == 1,
         gradient_accumulation_fusion=False,  # needs apex; our linears add to main_grad themselves
-        bias_activation_fusion=gpu,
-        cross_entropy_loss_fusion=gpu,
+        bias_activation_fusion=compiled,
+        cross_entropy_loss_fusion=compiled,
+        deterministic_mode=config.train.deterministic,
         cross_entropy_fusion_impl="native",
         bias_dropout_fusion=False,  # without bias and dropout nothing is left to fuse
         apply_rope_fusion=False,  # needs Transformer Engine
     )
+    settings |= _recompute_settings(config)
+    if model.moe is not None:
+        settings |= _moe_settings(model, model.moe, parallel)
     with without_known_warnings():
         return TransformerConfig(**settings)
 
 
-def layer_spec(config: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:
-    """One transformer layer of the provider's parts, with the checkpoint keys of Megatron's own GPT layers."""
+def _recompute_settings(config: RunConfig) -> dict[str, Any]:
+    """Megatron's words for train.recompute."""
+    kind, modules = config.train.recompute, config.train.recompute_modules
+    if kind == "none":
+        return {}
+    if kind == "full":  # the input of each layer is kept, nothing else
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    of_experts = ("moe", "moe_act", "shared_experts")
+    known = ("core_attn", "layernorm", "mlp", *(of_experts if config.model.moe is not None else ()))
+    if not modules or not set(modules) <= set(known):
+        raise ConfigError(
+            f"train.recompute_modules = {list(modules)}: must be some of {', '.join(known)}"
+            f"{'' if config.model.moe is not None else ' in a model without experts'}"
+        )
+    needs_te = sorted({"layernorm", "moe_act"} & set(modules))
+    if needs_te and not tensor_parallel.random.HAVE_TE:
+        raise ConfigError(
+            f"train.recompute_modules names {', '.join(needs_te)}: Megatron-core recomputes that only with"
+            " Transformer Engine, which is not installed; leave it out"
+        )
+    return dict(recompute_granularity="selective", recompute_modules=list(modules))
+
+
+def _moe_settings(model: ModelConfig, moe: MoeConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Megatron's words for model.moe. Experts are never cut by tensor parallelism: they are many and small."""
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"parallel.tp = {parallel.tp} with model.moe needs parallel.sequence_parallel: true; without it every"
+            " tensor-parallel rank would send the same tokens to the experts"
+        )
+    return dict(
+        num_moe_experts=moe.num_experts,
+        moe_router_topk=moe.top_k,
+        moe_router_pre_softmax=moe.top_k == 1,  # softmax over one chosen expert would be the constant 1
+        moe_ffn_hidden_size=moe.ffn_hidden_size,
+        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size or None,
+        moe_layer_freq=[int(layer >= moe.first_dense_layers) for layer in range(model.num_layers)],
+        moe_router_load_balancing_type="aux_loss" if moe.aux_loss_coeff else "none",
+        moe_aux_loss_coeff=moe.aux_loss_coeff,
+        moe_router_dtype="fp32" if moe.router_dtype == "fp32" else None,
+        moe_token_dispatcher_type=moe.dispatcher,
+        moe_grouped_gemm=moe.grouped_gemm,
+    )
+
+
+def layer_spec(config: TransformerConfig, provider: BackendSpecProvider, *, experts: bool = False) -> ModuleSpec:
+    """One transformer layer of the provider's parts, with the checkpoint keys of Megatron's own GPT layers.
+
+    experts   a mixture of experts (config.num_moe_experts) takes the place of the MLP
+    """
+    mlp: Any = get_mlp_module_spec_for_backend(
+        backend=provider,
+        num_experts=config.num_moe_experts if experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+    )
+    # the norm belongs to fc1 in Megatron's keys, but before experts it stands for itself
+    fused_norm = {} if experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
@@ -194,11 +274,11 @@ def layer_spec(config: TransformerConfig, provider: BackendSpecProvider) -> Modu
             ),
             self_attn_bda=cast(type, get_bias_dropout_add),  # a function here, as in Megatron's own specs
             pre_mlp_layernorm=provider.layer_norm(rms_norm=True),
-            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            mlp=mlp,
             mlp_bda=cast(type, get_bias_dropout_add),
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+                **fused_norm,
             },
         ),
     )
@@ -209,10 +289,22 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage and the final norm; pp_rank None means this process's."""
     provider = Fp4SpecProvider(linears)
-    spec = layer_spec(config, provider)
+    specs = {experts: layer_spec(config, provider, experts=experts) for experts in set(_has_experts(config))}
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     final_norm: Any = provider.layer_norm(rms_norm=True)
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
+    layers = [specs[experts] for experts in _has_experts(config)[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+
+
+def _has_experts(config: TransformerConfig) -> list[bool]:
+    """For each layer of the whole model; Megatron's moe_layer_freq is a list of 0 and 1, or n: every n-th layer."""
+    layers, every = config.num_layers, config.moe_layer_freq
+    if config.num_moe_experts is None:
+        return [False] * layers
+    if isinstance(every, int):
+        return [layer % every == 0 for layer in range(layers)]
+    return [bool(experts) for experts in every]
 
 
 def build_gpt(
@@ -223,11 +315,12 @@ def build_gpt(
     post_process: bool = True,
     vp_stage: int | None = None,
     linears: Linears = "fp4dist",
+    megatron: TransformerConfig | None = None,
 ) -> GPTModel:
     """One pipeline stage of the model, on this process's device, with its initial weights.
 
     Megatron's process groups must exist (parallel_state.initialize_model_parallel). On a GPU Megatron's RNG tracker is
-    seeded with run.seed unless the caller has done so.
+    seeded with run.seed unless the caller has done so. `megatron`: its configuration, where several chunks share it.
 
     model(tokens, position_ids, attention_mask, labels=labels): tokens, position_ids, labels int64 [B, S],
     attention_mask None for causal training; the result is the loss of each token, fp32 [B, S]. Without labels: logits
@@ -236,7 +329,9 @@ def build_gpt(
     tracker: Any = get_cuda_rng_tracker()
     if torch.cuda.is_available() and not tracker.is_initialized():
         model_parallel_cuda_manual_seed(config.run.seed)
-    megatron = transformer_config(config, dtype)
+    megatron = megatron or transformer_config(config, dtype)
+    if config.train.recompute != "none":
+        keep_clock_on_replay()
     spec: Any = block_spec(megatron, linears=linears, vp_stage=vp_stage)
     model_class = GPTModel if linears == "megatron" else partial(Fp4GPTModel, head_class=_linear_classes(linears)[0])
     model = model_class(
@@ -252,9 +347,38 @@ def build_gpt(
         vp_stage=vp_stage,
     )
     initialize_weights(model, config)
-    for parameter in model.parameters():  # gradient norms and DeepSpeed ask every parameter whether it is sharded
+    for name, parameter in model.named_parameters():
+        # gradient norms and DeepSpeed ask every parameter whether it is sharded
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        if ".local_experts." in name and config.parallel.tp > 1:
+            # ranks of a tensor-parallel group hold copies that see other tokens: reduced over the expert-data-parallel
+            # group. Megatron-core 0.16 marks only expert-parallel weights so.
+            setattr(parameter, "allreduce", False)  # noqa: B010 - a mark on a tensor
     return model
+
+
+def build_chunks(config: RunConfig, dtype: torch.dtype, *, linears: Linears = "fp4dist") -> list[GPTModel]:
+    """This rank's part of the model, in the order of its layers: one GPTModel, or parallel.vpp of them.
+
+    They share one TransformerConfig, in which engines put the callbacks that the schedules look for. See build_gpt.
+    """
+    megatron = transformer_config(config, dtype)
+    interleaved = config.parallel.vpp > 1
+    chunks = []
+    for stage in range(config.parallel.vpp):
+        vp_stage = stage if interleaved else None
+        chunks.append(
+            build_gpt(
+                config,
+                dtype,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                vp_stage=vp_stage,
+                linears=linears,
+                megatron=megatron,
+            )
+        )
+    return chunks
 
 
 def padded_vocab_size(config: RunConfig) -> int:
@@ -269,8 +393,9 @@ def padded_vocab_size(config: RunConfig) -> int:
 def tp_partial_parameters(model: GPTModel) -> list[tuple[str, nn.Parameter]]:
     """Replicated parameters whose gradient on one tensor-parallel rank is only a part of the sum over the ranks.
 
-    Norms under sequence parallelism (each rank has a part of the tokens) and query/key norms (a part of the heads).
-    Megatron's finalize_model_grads adds these up by itself; an engine that does not call it has to.
+    Norms, routers and experts under sequence parallelism (each rank has a part of the tokens) and query/key norms (a
+    part of the heads). Megatron's finalize_model_grads adds these up by itself, and the experts' its reduction over
+    expert data parallelism; an engine that has neither has to.
     """
     if model.config.tensor_model_parallel_size == 1:
         return []
@@ -280,6 +405,7 @@ def tp_partial_parameters(model: GPTModel) -> list[tuple[str, nn.Parameter]]:
         if (model.config.sequence_parallel and getattr(parameter, "sequence_parallel", False))
         or "q_layernorm" in name
         or "k_layernorm" in name
+        or ".local_experts." in name
     ]
 
 

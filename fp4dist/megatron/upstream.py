@@ -15,8 +15,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from fp4dist.errors import DependencyError
+import torch
+
+from fp4dist.errors import ConfigError, DependencyError
 
 OLDEST, NEWEST = (0, 16), (0, 20)  # minor versions that the tests were run with, both included
 _INSTALL = 'pip install "megatron-core>=0.16,<0.21"'
@@ -51,6 +54,25 @@ def check_megatron() -> tuple[int, int, int]:
     return version
 
 
+def transformer_engine() -> Any:
+    """megatron.core.extensions.transformer_engine where its classes can run (a GPU, TE installed), else None."""
+    if not torch.cuda.is_available() or find_spec("transformer_engine") is None:
+        return None
+    from megatron.core.extensions import transformer_engine as extension
+
+    return extension if extension.HAVE_TE else None
+
+
+def refuse_fp4_switch(config: Any) -> None:
+    """Refuse TransformerConfig.fp4, which does nothing in a model without Transformer Engine's linears; ConfigError."""
+    if getattr(config, "fp4", None):
+        raise ConfigError(
+            f"TransformerConfig.fp4 = {config.fp4!r} (--fp4-format): Megatron-core hands it to Transformer Engine's"
+            " linears, which this model does not have, so it would silently do nothing; leave it out and apply a"
+            " recipe: fp4dist.megatron.install(...) or fp4dist.megatron.apply(chunks, ...)"
+        )
+
+
 @contextmanager
 def without_known_warnings() -> Generator[None]:
     """Silence what Megatron-core says at import and of its own defaults, and nothing else."""
@@ -69,6 +91,7 @@ with without_known_warnings():
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.backends import BackendSpecProvider
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -83,15 +106,27 @@ with without_known_warnings():
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+        get_transformer_layer_offset,
+    )
+
+# Without Transformer Engine the router of 0.16 asks `te_general_gemm is not None` of a name that it has not defined
+# (NameError, on a GPU too); later versions set it to None.
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
 
 __all__ = [
     "MEGATRON_VERSION",
+    "MLP",
     "AttnMaskType",
     "BackendSpecProvider",
     "ColumnParallelLinear",
@@ -106,6 +141,7 @@ __all__ = [
     "SelfAttention",
     "SelfAttentionSubmodules",
     "SequentialMLP",
+    "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
@@ -115,9 +151,14 @@ __all__ = [
     "get_cuda_rng_tracker",
     "get_mlp_module_spec_for_backend",
     "get_num_layers_to_build",
+    "get_transformer_layer_offset",
     "model_parallel_cuda_manual_seed",
+    "moe_utils",
     "parallel_state",
+    "refuse_fp4_switch",
+    "rope_utils",
     "set_defaults_if_not_set_tensor_model_parallel_attributes",
     "tensor_parallel",
+    "token_dispatcher",
     "without_known_warnings",
 ]

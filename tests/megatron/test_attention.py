@@ -70,6 +70,40 @@ def compare_with_megatron() -> dict[Any, list[float]]:
     return found
 
 
+@pytest.mark.distributed
+def test_pieces_of_a_sequence_equal_the_whole() -> None:
+    """Output and gradients of two context-parallel ranks, put together, are those of one; a mask is refused."""
+    ranks = run_ranks(attend_in_pieces, 2)
+    for case in ranks[0]:
+        assert max(max(rank[case]) for rank in ranks) < 2e-6, case
+
+
+def attend_in_pieces() -> dict[Any, list[float]]:
+    """Largest differences of this rank's output and gradients from its pieces of the whole ones."""
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    found = {}
+    with megatron_groups(cp=2):
+        for groups in (HEADS, 2, 1):
+            for kind in (AttnMaskType.causal, AttnMaskType.no_mask):
+                whole = inputs(groups)
+                expected = attention(mask=kind, groups=groups)(*whole, None)
+                weights = torch.linspace(-1, 1, expected.numel()).view_as(expected)
+                expected.backward(weights)
+                tensors = [expected.detach(), weights, *whole, *(t.grad for t in whole)]
+                batch = {str(i): t.detach().transpose(0, 1).contiguous() for i, t in enumerate(tensors)}
+                pieces = [t.transpose(0, 1) for t in get_batch_on_this_cp_rank(batch).values()]
+                own = [t.contiguous().requires_grad_() for t in pieces[2:5]]
+                module = attention(mask=kind, groups=groups, context_parallel_size=2)
+                y = module(*own, None)
+                y.backward(pieces[1])
+                pairs = zip([y.detach(), *(t.grad for t in own)], [pieces[0], *pieces[5:]], strict=True)
+                found[groups, kind.name] = [float((a - b).abs().max()) for a, b in pairs]
+        with pytest.raises(ConfigError, match=r"attention_mask with parallel\.cp > 1"):
+            module(*own, causal_mask())
+    return found
+
+
 def test_full_attention_and_single_query() -> None:
     query, key, value = inputs()
     full = attention(mask=AttnMaskType.no_mask)(query, key, value, None)
@@ -131,7 +165,6 @@ def test_refuses_a_causal_mask_that_is_not_square() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context_parallel_size": 2}, "parallel.cp = 2"),
         ({"window_size": (8, 0)}, "window_size"),
         ({"softmax_type": "learnable"}, "softmax_type"),
     ],

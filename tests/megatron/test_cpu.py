@@ -13,7 +13,7 @@ from torch import Tensor
 from fp4dist.megatron import cpu
 from fp4dist.megatron.upstream import MEGATRON_VERSION
 from tests.distributed import RankError, megatron_groups, run_ranks
-from tests.megatron.tiny import SEQUENCE, tiny_batch, tiny_run
+from tests.megatron.tiny import SEQUENCE, loss_of, tiny_batch, tiny_experts, tiny_run
 
 pytestmark = pytest.mark.distributed
 
@@ -71,6 +71,16 @@ def without(name: str, scenario: str, folder: str) -> None:
             config = tiny_run(pp=2, tie_embeddings=True)
             build_gpt(config, torch.float32, pre_process=first, post_process=not first, linears="megatron")
         return
+    if scenario == "pieces of a sequence":
+        from fp4dist.megatron.upstream import rope_utils
+
+        with megatron_groups(cp=2) as groups:
+            rope_utils.get_pos_emb_on_this_cp_rank(torch.zeros(4), 0, groups.get_context_parallel_group())
+        return
+    if scenario == "experts":
+        with megatron_groups():
+            step_with_experts()
+        return
     with megatron_groups():
         run = Training()
         run.step()
@@ -85,7 +95,36 @@ NEEDED = {
     "current_stream": (1, "step", NO_GPU),
     "rng_tracker": (1, "step", NO_GPU),
     "device_names": (1, "step", NO_GPU),
+    "moe_stream": (1, "experts", rf"torch\.cuda\.Stream requires CUDA support|{NO_GPU}"),
+    "moe_splits": (1, "experts", r"in _maybe_dtoh_and_synchronize"),
+    "pinned_rope": (2, "pieces of a sequence", "pin_memory"),
 }
+
+
+def step_with_experts() -> float:
+    """Forward and backward of a model with experts, Megatron's own linears."""
+    from fp4dist.megatron.provider import build_gpt
+
+    loss = loss_of(build_gpt(tiny_run(**tiny_experts()), torch.float32, linears="megatron"))
+    loss.backward()
+    return loss.item()
+
+
+@pytest.mark.skipif(MEGATRON_VERSION >= (0, 17), reason="later versions define the name")
+def test_the_router_of_0_16_needs_a_name_that_it_forgot() -> None:
+    """Not a matter of the CPU: fp4dist.megatron.upstream defines it everywhere."""
+    assert run_ranks(route, 1, False)[0] > 0
+    with pytest.raises(RankError, match="NameError: name 'te_general_gemm' is not defined"):
+        run_ranks(route, 1, True)
+
+
+def route(forgotten: bool) -> float:
+    from fp4dist.megatron.upstream import moe_utils
+
+    if forgotten:
+        del moe_utils.te_general_gemm
+    with megatron_groups():
+        return step_with_experts()
 
 
 def test_only_named_constants_change() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fp4dist.errors import ConfigError
 from fp4dist.megatron.provider import Fp4SpecProvider, padded_vocab_size, transformer_config
-from fp4dist.megatron.upstream import MEGATRON_VERSION, ColumnParallelLinear
+from fp4dist.megatron.upstream import MEGATRON_VERSION
 from tests.distributed import megatron_groups, run_ranks
 from tests.megatron.tiny import SEQUENCE, VOCAB, loss_of, tiny_batch, tiny_run
 
@@ -233,11 +233,18 @@ def test_refusals() -> None:
         transformer_config(tiny_run(), torch.float16)
     with pytest.raises(ConfigError, match=r"model.head_dim = 15 must be even"):
         transformer_config(tiny_run(head_dim=15), torch.float32)
-    with pytest.raises(ConfigError, match="moe_grouped_gemm"):
-        Fp4SpecProvider("megatron").grouped_mlp_modules(True)
 
 
-def test_experts_use_our_linears() -> None:
-    experts: Any = Fp4SpecProvider("megatron").grouped_mlp_modules(False)
-    submodules = experts[1] if MEGATRON_VERSION < (0, 17) else experts.keywords["submodules"]
-    assert submodules.linear_fc1 is ColumnParallelLinear
+@pytest.mark.parametrize(
+    ("linears", "grouped", "classes"),
+    [
+        ("megatron", False, ("SequentialMLP", "ColumnParallelLinear", "RowParallelLinear")),
+        ("megatron", True, ("SequentialMLP", "ColumnParallelLinear", "RowParallelLinear")),
+        ("fp4dist", False, ("Fp4SequentialExperts", "ExpertColumn", "ExpertRow")),
+        ("fp4dist", True, ("Fp4GroupedExperts", "GroupedColumn", "GroupedRow")),
+    ],
+)
+def test_classes_of_experts(linears: Any, grouped: bool, classes: tuple[str, str, str]) -> None:
+    found: Any = Fp4SpecProvider(linears).grouped_mlp_modules(grouped)
+    module, parts = found if MEGATRON_VERSION < (0, 17) else (found.func, found.keywords["submodules"])
+    assert (module.__name__, parts.linear_fc1.__name__, parts.linear_fc2.__name__) == classes

@@ -11,6 +11,7 @@ from fp4dist.spec.load import load_recipe
 from fp4dist.spec.run import (
     DataConfig,
     ModelConfig,
+    MoeConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
@@ -36,7 +37,15 @@ def tiny_model(**changes: Any) -> ModelConfig:
     return ModelConfig(**(fields | changes))
 
 
-def tiny_run(tp: int = 1, pp: int = 1, sequence_parallel: bool = False, seed: int = 1, **model: Any) -> RunConfig:
+def tiny_experts(**changes: Any) -> dict[str, Any]:
+    """Fields of a ModelConfig with four experts, wide enough for every recipe's blocks."""
+    moe: dict[str, Any] = dict(num_experts=4, top_k=2, ffn_hidden_size=128)
+    return dict(hidden_size=128, ffn_hidden_size=256, moe=MoeConfig(**(moe | changes)))
+
+
+def tiny_run(
+    tp: int = 1, pp: int = 1, sequence_parallel: bool = False, seed: int = 1, ep: int = 1, **model: Any
+) -> RunConfig:
     """A run of the tiny model with recipe bf16."""
     return RunConfig(
         run=RunSection(name="tiny", seed=seed),
@@ -45,7 +54,7 @@ def tiny_run(tp: int = 1, pp: int = 1, sequence_parallel: bool = False, seed: in
         optim=OptimConfig(lr=1e-3),
         train=TrainConfig(steps=3, global_batch_size=2, micro_batch_size=2, dtype="fp32"),
         recipe=load_recipe("bf16"),
-        parallel=ParallelConfig(tp=tp, pp=pp, sequence_parallel=sequence_parallel),
+        parallel=ParallelConfig(tp=tp, pp=pp, ep=ep, sequence_parallel=sequence_parallel),
     )
 
 
