@@ -71,6 +71,11 @@ def serialize_device_queues() -> bool:
     return True
 
 
+def fix_blas_workspace() -> None:
+    """Set CUBLAS_WORKSPACE_CONFIG unless it is set: cuBLAS then sums alike in every run. Before CUDA is initialized."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def tell_deepspeed_there_is_no_gpu() -> None:
     """Set DS_ACCELERATOR=cpu unless it is set, so that DeepSpeed need not find out, and warn, by itself."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

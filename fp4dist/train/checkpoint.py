@@ -19,7 +19,7 @@ import os
 import pickle
 import random
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from fp4dist.spec.run import RunConfig
 log = logging.getLogger("fp4dist")
 FORMAT = 1
 STATE = "state"
+UNIVERSAL = "universal"  # inside STATE: what DeepSpeed's ds_to_universal.py made of a checkpoint; fits every layout
+_UNIVERSAL_STAGES = {1: (1, 2), 2: (1, 2), 3: (3,)}  # ZeRO stage that wrote -> stages that can read
 _MANIFEST, _LATEST, _TMP, _OLD = "manifest.json", "latest", ".tmp-", ".old-"
 
 
@@ -46,6 +48,7 @@ class Manifest:
     nonfinite_streak    skipped steps in a row up to here: 0 in a good checkpoint;  skipped_steps   of the whole run
     noise_seed          with `step` the whole state of the quantizers' noise
     started_from        the checkpoint.load of the run that wrote it
+    vpp, cp, ep         1 in a manifest from before they existed
     """
 
     format: int = FORMAT
@@ -67,6 +70,9 @@ class Manifest:
     config_hash: str
     started_from: str | None
     versions: dict[str, str]
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
 
     @property
     def good(self) -> bool:
@@ -96,6 +102,9 @@ def describe(config: RunConfig, *, step: int, dp: int, streak: int, skipped: int
         config_hash=config_hash(config),
         started_from=config.checkpoint.load,
         versions=versions,
+        vpp=config.parallel.vpp,
+        cp=config.parallel.cp,
+        ep=config.parallel.ep,
     )
 
 
@@ -110,7 +119,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise CheckpointError(f"checkpoint {folder}: {_MANIFEST} is unreadable ({e}); use an older checkpoint") from e
     names = {f.name for f in fields(Manifest)}
-    if not isinstance(data, dict) or data.get("format") != FORMAT or set(data) != names:
+    needed = {f.name for f in fields(Manifest) if f.default is MISSING or f.name == "format"}
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not needed <= set(data) <= names:
         found = data.get("format") if isinstance(data, dict) else None
         raise CheckpointError(
             f"checkpoint {folder}: {_MANIFEST} has format {found}, this version reads {FORMAT};"
@@ -142,17 +152,29 @@ def check_fits(folder: Path, manifest: Manifest, config: RunConfig, *, dp: int, 
             f" set engine.kind: {manifest.engine}"
         )
     if manifest.engine == "deepspeed":
-        _check_deepspeed(place, manifest, config, dp, own)
+        universal = (folder / STATE / UNIVERSAL).is_dir()
+        _check_deepspeed(folder, manifest, config, dp=dp, own=own, universal=universal)
 
 
-def _check_deepspeed(place: str, manifest: Manifest, config: RunConfig, dp: int, own: bool) -> None:
-    here = {"engine.zero_stage": config.engine.zero_stage, "parallel.tp": config.parallel.tp, "data parallel": dp}
-    there = {"engine.zero_stage": manifest.zero_stage, "parallel.tp": manifest.tp, "data parallel": manifest.dp}
+def _check_deepspeed(
+    folder: Path, manifest: Manifest, config: RunConfig, *, dp: int, own: bool, universal: bool
+) -> None:
+    place, stage = f"checkpoint {folder}", config.engine.zero_stage
+    sizes = ("tp", "pp", "vpp", "cp", "ep")
+    here = {f"parallel.{key}": getattr(config.parallel, key) for key in sizes} | {"data parallel": dp}
+    there = {f"parallel.{key}": getattr(manifest, key) for key in sizes} | {"data parallel": manifest.dp}
+    here, there = {"engine.zero_stage": stage, **here}, {"engine.zero_stage": manifest.zero_stage, **there}
+    sharded = stage == 3 and max(manifest.tp, config.parallel.tp) > 1  # which DeepSpeed joins for its own layers only
+    if universal and stage in _UNIVERSAL_STAGES.get(manifest.zero_stage or 0, ()) and not sharded:
+        here = {}
     for key, value in here.items():
         if value != there[key]:
+            state = folder / STATE
             raise CheckpointError(
                 f"{place}: written with {key} = {there[key]}, this run has {value}; DeepSpeed's shards cannot be cut"
-                f" anew: use {there[key]} again (checkpoints of engine megatron can change their layout)"
+                f" anew: use {there[key]} again, or, between ZeRO 1 and 2 and within ZeRO 3 at tp 1, make a universal"
+                " checkpoint of them: python -m deepspeed.checkpoint.ds_to_universal"
+                f" --input_folder {state / 'deepspeed'} --output_folder {state / UNIVERSAL}"
             )
     if not own and not config.checkpoint.trusted:
         raise CheckpointError(

@@ -9,6 +9,8 @@ as Megatron's own sampler does. The samples depend on the seed, the sequence len
 samples of the whole run (it decides how many epochs are shuffled), never on the ranks; so a run resumes exactly by the
 number of samples it has consumed, also with another data-parallel size.
 
+Under context parallelism all ranks of a group read the same samples and keep two pieces of each (`own_pieces`).
+
 B micro-batch size, S sequence length.
 """
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +53,7 @@ __all__ = [
     "build_datasets",
     "check_token_files",
     "ensure_prepared",
+    "own_pieces",
     "train_iterator",
     "valid_batches",
 ]
@@ -288,12 +291,36 @@ def _remove_damaged_caches(folder: Path) -> None:
             path.unlink()
 
 
+def own_pieces(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
+    """What rank `cp_rank` of a context-parallel group trains on: [B, S] -> [B, S / cp_size].
+
+    The sequence is cut into 2 * cp_size pieces, of which the rank gets number cp_rank and the one as far from the end,
+    so that causal attention is equally much work for all; Megatron's order, which its RoPE expects.
+    """
+    if cp_size == 1:
+        return batch
+
+    def cut(tensor: Tensor) -> Tensor:
+        pieces = tensor.chunk(2 * cp_size, dim=1)
+        return torch.cat([pieces[cp_rank], pieces[2 * cp_size - 1 - cp_rank]], dim=1)
+
+    return Batch(*(cut(getattr(batch, f.name)) for f in fields(Batch)))
+
+
 def train_iterator(
-    datasets: Datasets, config: RunConfig, *, dp_rank: int, dp_size: int, consumed_samples: int = 0
+    datasets: Datasets,
+    config: RunConfig,
+    *,
+    dp_rank: int,
+    dp_size: int,
+    consumed_samples: int = 0,
+    cp_rank: int = 0,
+    cp_size: int = 1,
 ) -> Iterator[Batch]:
     """The micro-batches of one data-parallel rank, from sample `consumed_samples` of the run to its last step.
 
     consumed_samples    of all ranks together: step * global_batch_size
+    cp_rank, cp_size    place in the context-parallel group: this rank's pieces of the samples
     """
     _check_divides(config, dp_size)
     total = config.train.steps * config.train.global_batch_size
@@ -311,7 +338,7 @@ def train_iterator(
         collate_fn=_collate,
         generator=torch.Generator(),  # DataLoader draws a seed: not from the run's own random numbers
     )
-    return iter(loader)
+    return (own_pieces(batch, cp_rank, cp_size) for batch in loader)
 
 
 @dataclass(frozen=True)
@@ -328,7 +355,9 @@ class _MicroBatches:
         return (list(range(start, start + self.size)) for start in self.starts)
 
 
-def valid_batches(datasets: Datasets, config: RunConfig, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+def valid_batches(
+    datasets: Datasets, config: RunConfig, *, dp_rank: int, dp_size: int, cp_rank: int = 0, cp_size: int = 1
+) -> Iterator[Batch]:
     """The first train.eval_samples validation samples, shared out among the ranks; the same ones at every call.
 
     Every rank gets equally many batches of [B, S]. Places beyond eval_samples hold a sample whose loss_mask is 0, so
@@ -340,7 +369,8 @@ def valid_batches(datasets: Datasets, config: RunConfig, *, dp_rank: int, dp_siz
     wanted, micro = config.train.eval_samples, config.train.micro_batch_size
     for start in range(0, wanted, micro * dp_size):
         first = start + dp_rank * micro
-        yield _collate([_valid_sample(datasets.valid, k, wanted) for k in range(first, first + micro)])
+        batch = _collate([_valid_sample(datasets.valid, k, wanted) for k in range(first, first + micro)])
+        yield own_pieces(batch, cp_rank, cp_size)
 
 
 def _valid_sample(dataset: Dataset[Sample], number: int, wanted: int) -> Sample:

@@ -7,16 +7,17 @@ average gradients over micro-batches and data-parallel ranks, so that in fp32 th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fp4dist.megatron.upstream import parallel_state
+from fp4dist.nn.triage import Triage
 from fp4dist.train.data import Batch
 
 
@@ -51,6 +52,12 @@ class Engine(Protocol):
         """Mean loss over the tokens of `batches` on all ranks, without gradients."""
         ...
 
+    def retrace(self, batches: Iterator[Batch]) -> Triage:
+        """Run the micro-batches of a step that was skipped once more and tell where this rank's first value that is not
+        finite appears; nothing is updated. The clock must show that step.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Write this rank's part of model, optimizer and random states into the empty `folder`."""
         ...
@@ -73,18 +80,33 @@ def replicas() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
+def layer_offsets(chunks: Sequence[Any]) -> list[int]:
+    """The global number of the first layer of each of a pipeline stage's GPTModels."""
+    return [chunk.decoder.layers[0].layer_number - 1 for chunk in chunks]  # Megatron counts from 1
+
+
+def sequence_parts() -> dist.ProcessGroup | None:
+    """The ranks that hold the parts of the same samples (context parallelism); None where samples are whole."""
+    group = cast(dist.ProcessGroup, parallel_state.get_context_parallel_group())
+    return group if dist.get_world_size(group) > 1 else None
+
+
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on `device`."""
     return Batch(*(getattr(batch, f.name).to(device, non_blocking=True) for f in fields(Batch)))
 
 
-def masked_mean(loss_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+def masked_mean(loss_BS: Tensor, mask_BS: Tensor, parts: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
     """(mean loss over the tokens that count, [loss sum, token count] in fp64, detached).
 
     loss_BS   [B, S] per-token loss in fp32;  mask_BS   [B, S] 1 where a token counts
+    parts     ranks that hold the other parts of these samples (`sequence_parts`): the mean is this rank's share of the
+              mean over all parts, their sum is the whole; the sums are this rank's
     """
     total, count = (loss_BS * mask_BS).sum(), mask_BS.sum()
     sums = torch.stack([total.detach().double(), count.double()])
+    if parts is not None:
+        dist.all_reduce(count, group=parts)
     return total / count.clamp(min=1), sums
 
 

@@ -1,7 +1,10 @@
-"""DeepSpeed's engine over Megatron's GPTModel: ZeRO 0 to 3 for data, Megatron's groups for tensor parallelism.
+"""DeepSpeed's engine over Megatron's GPTModel: ZeRO 0 to 3 for data, Megatron's groups for everything else.
 
-What DeepSpeed does not know about Megatron is added here: an `mpu` over parallel_state, and the sum over
-tensor-parallel ranks of gradients that each rank has only a part of.
+A model without a pipeline runs through DeepSpeed's own forward and backward. With a pipeline Megatron's schedule runs
+the bare stages and sums their micro-batches; DeepSpeed then reduces over data-parallel ranks and updates (ZeRO 0, 1).
+
+What DeepSpeed does not know about Megatron is added here: an `mpu` over parallel_state, the sum over tensor-parallel
+ranks of gradients that each rank has only a part of, the sum of tied embeddings' gradients over pipeline stages.
 """
 
 from __future__ import annotations
@@ -9,29 +12,55 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from fp4dist.errors import CheckpointError, ConfigError
 from fp4dist.megatron.provider import tp_partial_parameters
 from fp4dist.megatron.upstream import GPTModel, parallel_state
 from fp4dist.nn.apply import AppliedRecipe
+from fp4dist.nn.triage import Triage, triage
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
-from fp4dist.train.checkpoint import random_states, restore_random_states
+from fp4dist.train.checkpoint import UNIVERSAL, random_states, restore_random_states
 from fp4dist.train.data import Batch
-from fp4dist.train.engine import ReplicaWatch, StepResult, finite, global_mean, masked_mean, on_device, replicas
+from fp4dist.train.deepspeed_parameters import (
+    StageParameters,
+    counted_parameters,
+    keep_gradients_fp32,
+    load_tensors,
+    save_tensors_only,
+    tied_embedding,
+    universal_info,
+)
+from fp4dist.train.deepspeed_settings import clips_itself, flattened, make_settings
+from fp4dist.train.engine import (
+    ReplicaWatch,
+    StepResult,
+    finite,
+    global_mean,
+    layer_offsets,
+    masked_mean,
+    on_device,
+    replicas,
+    sequence_parts,
+)
+from fp4dist.train.schedule import PipelineSchedule
 from fp4dist.train.world import World
 
+log = logging.getLogger("fp4dist")
 _TAG = "deepspeed"
-_LARGEST_BUCKET = 200_000_000  # elements; DeepSpeed allocates what it is told, also for a small model
+_CLIP_EPS = 1e-6  # as in torch's and DeepSpeed's clipping
 
 
 class Mpu:
@@ -84,79 +113,139 @@ class Mpu:
 
 
 class DeepSpeedEngine:
-    """A whole GPTModel (pp = 1) under ZeRO."""
+    """This rank's chunks of a GPTModel under ZeRO."""
 
     def __init__(
-        self, config: RunConfig, world: World, model: GPTModel, applied: AppliedRecipe, dtype: torch.dtype
+        self, config: RunConfig, world: World, chunks: Sequence[GPTModel], applied: AppliedRecipe, dtype: torch.dtype
     ) -> None:
-        if config.parallel.pp > 1:
-            raise ConfigError(
-                f"parallel.pp = {config.parallel.pp} with engine.kind = deepspeed: this engine runs whole models;"
-                " use engine.kind: megatron for pipelines"
-            )
+        _check_experts(config)
         self.config, self.world, self.applied = config, world, applied
         self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * world.dp_size)
-        self._group = replicas()
-        model = model.to(world.device)
-        _sum_partial_gradients(model)
-        self._watch = ReplicaWatch(model)
-        self._adamw: Any = optim.make_adamw(model, config, world.device)
+        self._group, self._parts = replicas(), sequence_parts()
+        self._stages = [chunk.to(world.device) for chunk in chunks]
+        self._pipeline = PipelineSchedule(config, world, self._stages, applied) if config.parallel.pp > 1 else None
+        self._tied = tied_embedding(self._stages)
+        module = StageParameters(self._stages) if self._pipeline else self._stages[0]
+        for chunk in self._stages:
+            _sum_partial_gradients(chunk)
+        self._watch = ReplicaWatch(module)
+        save_tensors_only(module)
+        self._universal_info = universal_info(config, module)
+        self._clips = clips_itself(config)
+        self._adamw: Any = optim.make_adamw(module, config, world.device)
         self._adamw.held = True  # some of DeepSpeed's optimizers take a step to make their state
-        self._engine, self._optimizer = _initialize(model, self._adamw, _settings(config, world, model, dtype))
+        settings = make_settings(config, world, module, dtype, Mpu())
+        if config.engine.deepspeed:
+            passed = ", ".join(f"{path} = {value}" for path, value in flattened(config.engine.deepspeed))
+            log.info("passed to DeepSpeed %s: %s", deepspeed.__version__, passed)
+        with _named_refusal(config):
+            self._engine, self._optimizer = _initialize(module, self._adamw, settings)
         self._adamw.held = False
+        keep_gradients_fp32(module)
+        _stage_in_fp32(self._optimizer, dtype)
         self._schedule = optim.make_schedule(self._optimizer, config)
         self.optimizer_name = f"{optim.describe(self._adamw)} under DeepSpeed ZeRO-{config.engine.zero_stage}"
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """Forward and backward over this rank's micro-batches, then the update, unless something is not finite."""
-        self._engine.train()
+        self._set_training(True)
         lr = optim.place_schedule(self._schedule, step)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for index, batch in enumerate(islice(batches, self._micro_batches)):
-            loss, part = self._loss(batch, index)
-            sums += part
-            self._engine.backward(loss)
-            if index + 1 < self._micro_batches:
-                self._engine.step()  # only counts the micro-batch
-        mean, tokens = global_mean(sums, self._group)
+        mean, tokens = self._accumulate(batches) if self._pipeline is None else self._accumulate_pipeline(batches)
         norm, skipped = self._update(finite(mean))
         return StepResult(loss=mean, grad_norm=norm, skipped=skipped, tokens=tokens, lr=lr)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> float:
         """Mean loss over the tokens of `batches` on all ranks."""
-        self._engine.eval()
+        self._set_training(False)
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for index, batch in enumerate(batches):
-            sums += self._loss(batch, index)[1]
-        self._engine.train()
-        return global_mean(sums, self._group)[0]
+        if self._pipeline is None:
+            for index, batch in enumerate(batches):
+                sums += self._loss(batch, index)[1]
+            mean = global_mean(sums, self._group)[0]
+        else:
+            for first in count(0, self._micro_batches):
+                if not (group := list(islice(batches, self._micro_batches))):
+                    break
+                sums += self._pipeline.run(iter(group), first, len(group), forward_only=True)
+            mean = self._pipeline.global_mean(sums)[0]
+        self._set_training(True)
+        return mean
+
+    def retrace(self, batches: Iterator[Batch]) -> Triage:
+        """See `Engine.retrace`; forward passes only, because ZeRO reduces gradients inside of backward."""
+        offsets = layer_offsets(self._stages)
+        with triage(self._stages, clock=self.applied.clock, layer_offset=offsets) as found:
+            self.evaluate(islice(batches, self._micro_batches))
+        return found
 
     def save(self, folder: Path) -> None:
-        """Write DeepSpeed's own checkpoint files, with the random states in them."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"random": random_states()}, save_latest=False)
+        """Write DeepSpeed's own checkpoint files, with the random states and what a universal checkpoint needs."""
+        client = {"random": random_states(), UNIVERSAL_CHECKPOINT_INFO: self._universal_info}
+        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state=client, save_latest=False)
 
     def load(self, folder: Path, *, step: int, same_layout: bool) -> None:
-        """Read them back; the layout is the same by `checkpoint.check_fits`."""
+        """Read them back, or, where it exists, the universal checkpoint that was made of them.
+
+        DeepSpeed's own files fit one layout alone; a universal checkpoint fits others too (`checkpoint.check_fits`).
+        """
+        sharded = self.config.engine.zero_stage == 3 and self.config.parallel.tp > 1
+        universal = (folder / UNIVERSAL).is_dir() and not sharded
         own = optim.own_settings(self._optimizer.param_groups)
-        path, client = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+        with self._reading_universal(universal):
+            path, client = self._engine.load_checkpoint(
+                str(folder),
+                tag=UNIVERSAL if universal else _TAG,
+                load_lr_scheduler_states=False,
+                custom_load_fn=load_tensors,
+            )
         if path is None:
             raise CheckpointError(
                 f"checkpoint {folder}: DeepSpeed finds no state under {_TAG}/; use another checkpoint"
             )
+        if universal:
+            log.info("read the universal checkpoint %s: random states start from run.seed", folder / UNIVERSAL)
+            _place_steps(self._adamw)
+        else:
+            restore_random_states(client["random"])
         optim.restore_settings(self._optimizer.param_groups, own)
-        restore_random_states(client["random"])
         optim.place_schedule(self._schedule, step)
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks."""
         self._engine.destroy()
 
+    def _accumulate(self, batches: Iterator[Batch]) -> tuple[float, int]:
+        """Gradients of a step through DeepSpeed's forward and backward; (mean loss, tokens)."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        scale = self.config.parallel.cp  # DeepSpeed takes the mean over the parts of a sequence too, we want their sum
+        if self.config.model.moe is not None:  # scaled as the loss is, here and by DeepSpeed
+            share = torch.full((1,), scale / self._micro_batches, device=self.world.device)
+            MoEAuxLossAutoScaler.set_loss_scale(share)
+        for index, batch in enumerate(islice(batches, self._micro_batches)):
+            loss, part = self._loss(batch, index)
+            sums += part
+            self._engine.backward(loss * scale)
+            if index + 1 < self._micro_batches:
+                self._engine.step()  # only counts the micro-batch
+        return global_mean(sums, self._group)
+
+    def _accumulate_pipeline(self, batches: Iterator[Batch]) -> tuple[float, int]:
+        """Gradients of a step through Megatron's schedule, reduced over data-parallel ranks; (mean loss, tokens)."""
+        assert self._pipeline is not None
+        sums = self._pipeline.run(batches, 0, self._micro_batches, forward_only=False)
+        if self._tied is not None:
+            gradient = getattr(self._tied, "_hp_grad", None)  # DeepSpeed's bf16 optimizer keeps an fp32 one
+            gradient = self._tied.grad if gradient is None else gradient
+            dist.all_reduce(gradient, group=cast(dist.ProcessGroup, parallel_state.get_embedding_group()))
+        self._engine.allreduce_gradients()
+        return self._pipeline.global_mean(sums)
+
     def _loss(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
         batch = on_device(batch, self.world.device)
         self.applied.clock.micro_batch = index * self.world.dp_size + self.world.dp_rank
         loss_BS = self._engine(batch.tokens, batch.position_ids, None, labels=batch.labels)
-        return masked_mean(loss_BS.float(), batch.loss_mask)
+        return masked_mean(loss_BS.float(), batch.loss_mask, self._parts)
 
     def _update(self, finite_loss: bool) -> tuple[float, bool]:
         """(gradient norm, skipped).
@@ -164,8 +253,7 @@ class DeepSpeedEngine:
         ZeRO looks at the norm by itself and drops the gradients when it is not finite; where it does not, and for a
         loss that is not finite, AdamW is held while DeepSpeed goes through its step.
         """
-        plain = self._optimizer is self._adamw  # ZeRO 0 in fp32: DeepSpeed wraps nothing and tells no norm
-        norm = self._full_norm() if plain else None
+        norm = self._clip() if self._clips else None
         held = not finite_loss or (norm is not None and not finite(norm))
         if self.config.parallel.tp > 1:
             held = self.world.any(self._watch.found_bad() or held)
@@ -176,19 +264,32 @@ class DeepSpeedEngine:
             norm = float(self._engine.get_global_grad_norm() or 0.0)
         return norm, held or not self._engine.was_step_applied()
 
-    def _full_norm(self) -> float:
-        """L2 norm of the reduced gradients that lie in `.grad`, each shard counted once."""
-        first = parallel_state.get_tensor_model_parallel_rank() == 0
-        grads = [
-            p.grad
-            for p in self._engine.module.parameters()
-            if p.grad is not None and (first or p.tensor_model_parallel)
-        ]
+    def _clip(self) -> float:
+        """L2 norm of the reduced gradients that lie in `.grad`, each shard counted once; clips them by it."""
+        grads = [p.grad for p in counted_parameters(self._engine.module) if p.grad is not None]
         square = torch.zeros((), dtype=torch.float32, device=self.world.device)
         if grads:
             square += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float()) ** 2
         dist.all_reduce(square, group=_one_replica())
-        return float(square.sqrt())
+        norm, limit = float(square.sqrt()), self.config.optim.clip_grad
+        if limit > 0 and norm > limit and finite(norm):
+            every = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            torch._foreach_mul_(every, limit / (norm + _CLIP_EPS))
+        return norm
+
+    def _set_training(self, on: bool) -> None:
+        self._engine.train(on)
+        for chunk in self._stages:
+            chunk.train(on)
+
+    @contextlib.contextmanager
+    def _reading_universal(self, on: bool) -> Iterator[None]:
+        """DeepSpeed decides by its configuration which kind of checkpoint it reads."""
+        self._engine._config.load_universal_checkpoint = on
+        try:
+            yield
+        finally:
+            self._engine._config.load_universal_checkpoint = False
 
 
 def _one_replica() -> dist.ProcessGroup:
@@ -196,7 +297,29 @@ def _one_replica() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())
 
 
-def _initialize(model: GPTModel, adamw: torch.optim.Optimizer, settings: dict[str, Any]) -> tuple[Any, Any]:
+def _check_experts(config: RunConfig) -> None:
+    if config.parallel.ep > 1:
+        raise ConfigError(
+            f"parallel.ep = {config.parallel.ep} with engine.kind = deepspeed: ZeRO would need its own groups for the"
+            " experts' gradients; use engine.kind: megatron, or ep 1 (every rank holds all experts)"
+        )
+
+
+@contextlib.contextmanager
+def _named_refusal(config: RunConfig) -> Iterator[None]:
+    """Some combinations of settings DeepSpeed refuses only while it builds its engine, with an assertion."""
+    try:
+        yield
+    except (AssertionError, NotImplementedError, ValueError, ZeRORuntimeException) as e:
+        if not config.engine.deepspeed:
+            raise
+        raise ConfigError(
+            f"engine.deepspeed: DeepSpeed {deepspeed.__version__} refuses these settings ({e}); change or remove"
+            f" {', '.join(path for path, _ in flattened(config.engine.deepspeed))}"
+        ) from e
+
+
+def _initialize(module: nn.Module, adamw: torch.optim.Optimizer, settings: dict[str, Any]) -> tuple[Any, Any]:
     """DeepSpeed's engine and optimizer over the process group that exists."""
     # On a CPU DeepSpeed would compile a shared-memory all-reduce for inference (30 s, needs a compiler); gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -204,35 +327,25 @@ def _initialize(model: GPTModel, adamw: torch.optim.Optimizer, settings: dict[st
     logger.setLevel(logging.ERROR)  # it warns that our AdamW is not a class it knows
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory tables while it is built
-        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, mpu=Mpu())
+        engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=adamw, config=settings, mpu=Mpu())
     logger.setLevel(logging.WARNING)
     return engine, optimizer
 
 
-def _settings(config: RunConfig, world: World, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration file, as far as it decides anything here."""
-    t, stage = config.train, config.engine.zero_stage
-    bucket = min(_LARGEST_BUCKET, sum(p.numel() for p in model.parameters()))
-    settings: dict[str, Any] = {
-        "train_batch_size": t.global_batch_size,
-        "train_micro_batch_size_per_gpu": t.micro_batch_size,
-        "gradient_accumulation_steps": t.global_batch_size // (t.micro_batch_size * world.dp_size),
-        "gradient_clipping": config.optim.clip_grad,
-        "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": world.device.type == "cuda" and world.dp_size > 1,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-    }
-    if dtype == torch.bfloat16:
-        settings["bf16"] = {"enabled": True}
-        settings["communication_data_type"] = "fp32"
-        if stage > 0:
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
+def _stage_in_fp32(optimizer: Any, dtype: torch.dtype) -> None:
+    """Make ZeRO 2 collect gradients for its reduction in fp32: it would round them to the parameters' dtype there.
+
+    Its buffer's dtype is the answer of one method; ZeRO 1 and 3 collect in fp32 by themselves.
+    """
+    if dtype == torch.bfloat16 and hasattr(optimizer, "_gradient_reduction_buffer_dtype"):
+        optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+
+
+def _place_steps(adamw: torch.optim.Optimizer) -> None:
+    """Put AdamW's step counters beside their parameters, as its fused step wants them; one counter for each."""
+    for parameter, state in adamw.state.items():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def _sum_partial_gradients(model: GPTModel) -> None:

@@ -1,76 +1,79 @@
 """Megatron's own engine: DistributedDataParallel, distributed optimizer, pipeline schedules, torch_dist checkpoints.
 
-Gradients accumulate and reduce in fp32, master weights and moments are fp32 and sharded over data-parallel ranks. With
-a pipeline the same schedule function runs 1F1B.
+Gradients accumulate and reduce in fp32, master weights and moments are fp32 and sharded over data-parallel ranks.
+Experts have buffers and an optimizer of their own, over the ranks that hold the same ones; Megatron chains the two.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from functools import partial
-from itertools import count, islice
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fp4dist.errors import CheckpointError
+from fp4dist.megatron.param_gather import Fp4ParamGather
 from fp4dist.megatron.upstream import GPTModel, parallel_state
 from fp4dist.nn.apply import AppliedRecipe
+from fp4dist.nn.triage import Triage, triage
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
 from fp4dist.train.checkpoint import random_states, restore_random_states, vet_torch_dist
 from fp4dist.train.data import Batch
-from fp4dist.train.engine import ReplicaWatch, StepResult, finite, global_mean, masked_mean, on_device, replicas
+from fp4dist.train.engine import ReplicaWatch, StepResult, finite, layer_offsets, replicas
+from fp4dist.train.schedule import PipelineSchedule
 from fp4dist.train.world import World
 
 log = logging.getLogger("fp4dist")
 
 
 class MegatronEngine:
-    """One pipeline stage of a GPTModel under Megatron's data parallelism."""
+    """One pipeline stage of a GPTModel, in one chunk or parallel.vpp of them, under Megatron's data parallelism."""
 
     def __init__(
-        self, config: RunConfig, world: World, model: GPTModel, applied: AppliedRecipe, dtype: torch.dtype
+        self, config: RunConfig, world: World, chunks: Sequence[GPTModel], applied: AppliedRecipe, dtype: torch.dtype
     ) -> None:
         self.config, self.world, self.applied = config, world, applied
         self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * world.dp_size)
-        self._watch = ReplicaWatch(model)
-        self._chunk = _wrap(model, world)
-        self._optimizer = _make_optimizer(self._chunk, config, dtype)
-        self._schedule = optim.make_schedule(self._optimizer, config)
-        self._run = get_forward_backward_func()
-        self._group = replicas()
-        self._last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
-        self._pipeline = cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
+        self._watches = [ReplicaWatch(chunk) for chunk in chunks]
+        self._overlap = config.engine.overlap and _replicated(config, world)
+        self._chunks = _wrap(chunks, world, overlap=self._overlap)
+        self._optimizer = _make_optimizer(self._chunks, config, dtype, overlap=self._overlap)
+        self._learning_rate = optim.make_schedule(self._optimizer, config)
+        self._schedule = PipelineSchedule(config, world, self._chunks, applied)
+        self._gather = Fp4ParamGather(self._chunks, applied) if config.engine.fp4_param_gather else None
+        if self._gather is not None:
+            log.info("%s", self._gather.report())
         inner = [o.optimizer for o in self._optimizer.chained_optimizers if o.optimizer is not None]
         self.optimizer_name = f"{', '.join(map(optim.describe, inner))} under Megatron's DistributedOptimizer"
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """Forward and backward over this rank's micro-batches, then the update, unless something is not finite."""
-        self._chunk.train()
-        self._chunk.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        lr = optim.place_schedule(self._schedule, step)
-        sums = self._forward_backward(batches, count(), self._micro_batches, forward_only=False)
-        loss, tokens = self._global_mean(sums)
+        lr = optim.place_schedule(self._learning_rate, step)
+        sums = self._schedule.run(batches, 0, self._micro_batches, forward_only=False)
+        loss, tokens = self._schedule.global_mean(sums)
         self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         skipped = not finite(loss, norm)
         if self.config.parallel.tp > 1:
-            skipped = self.world.any(self._watch.found_bad() or skipped)
+            found = [watch.found_bad() for watch in self._watches]
+            skipped = self.world.any(any(found) or skipped)
         if skipped:
             self._optimizer.zero_grad()
         else:
@@ -80,16 +83,33 @@ class MegatronEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> float:
         """Mean loss over the tokens of `batches` on all ranks."""
-        self._chunk.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        index = count()
+        if self._gather is None:  # codes are gathered by the first forward pass, whole weights are not needed
+            self._finish_gathers()
+        for chunk in self._chunks:
+            chunk.eval()
+        sums, done = torch.zeros(2, dtype=torch.float64, device=self.world.device), 0
         while group := list(islice(batches, self._micro_batches)):
-            sums += self._forward_backward(iter(group), index, len(group), forward_only=True)
-        self._chunk.train()
-        return self._global_mean(sums)[0]
+            sums += self._schedule.run(iter(group), done, len(group), forward_only=True)
+            done += len(group)
+        for chunk in self._chunks:
+            chunk.train()
+        return self._schedule.global_mean(sums)[0]
+
+    def retrace(self, batches: Iterator[Batch]) -> Triage:
+        """See `Engine.retrace`; the gradients of this run are thrown away."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        models = [chunk.module for chunk in self._chunks]
+        with triage(models, clock=self.applied.clock, layer_offset=layer_offsets(models)) as found:
+            self._schedule.run(batches, 0, self._micro_batches, forward_only=False)
+        for watch in self._watches:
+            watch.found_bad()  # forget what it saw now
+        self._optimizer.zero_grad()
+        return found
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer and random states with dist_checkpointing."""
+        self._finish_gathers()
         dist_checkpointing.save(self._sharded_state(is_loading=False, with_random=True), str(folder))
 
     def load(self, folder: Path, *, step: int, same_layout: bool) -> None:
@@ -99,7 +119,8 @@ class MegatronEngine:
         with torch.no_grad():  # fp32 master weights are views of the parameters, which are leaves
             wanted = self._sharded_state(is_loading=True, with_random=same_layout)
             state = _read(wanted, folder)
-            self._chunk.module.load_state_dict(state["model"])
+            for key, chunk in self._keyed_chunks():
+                chunk.module.load_state_dict(state[key])
             parts = self._optimizer.chained_optimizers
             saved = state["optimizer"]
             for i, part in enumerate(parts):
@@ -109,40 +130,18 @@ class MegatronEngine:
             restore_random_states(state["random"])
         else:
             log.info("the parallel layout changed: random states start from run.seed (quantization noise needs none)")
-        optim.place_schedule(self._schedule, step)
+        optim.place_schedule(self._learning_rate, step)
 
     def close(self) -> None:
         """Nothing outlives the process groups."""
 
-    def _forward_backward(
-        self, batches: Iterator[Batch], index: Iterator[int], number: int, *, forward_only: bool
-    ) -> Tensor:
-        """[loss sum, token count] of `number` micro-batches of this rank; zeros except on the last pipeline stage."""
-        parts = self._run(
-            forward_step_func=partial(self._forward, index=index),
-            data_iterator=batches,
-            model=[self._chunk],
-            num_microbatches=number,
-            seq_length=self.config.model.seq_length,
-            micro_batch_size=self.config.train.micro_batch_size,
-            forward_only=forward_only,
-        )
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for part in parts:
-            sums += part["sums"]
-        return sums
-
-    def _forward(self, batches: Iterator[Batch], model: Any, index: Iterator[int]) -> tuple[Tensor, Any]:
-        batch = on_device(next(batches), self.world.device)
-        self.applied.clock.micro_batch = next(index) * self.world.dp_size + self.world.dp_rank
-        output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-        return output, partial(_loss, batch.loss_mask)
-
-    def _global_mean(self, sums: Tensor) -> tuple[float, int]:
-        """(mean loss, tokens) over data-parallel ranks, on every pipeline stage."""
-        if self.config.parallel.pp > 1:
-            dist.broadcast(sums, src=self._last_stage, group=self._pipeline)
-        return global_mean(sums, self._group)
+    def _finish_gathers(self) -> None:
+        """Whole weights on every rank now, where the gather of updated ones waits for the next forward pass."""
+        if self._gather is not None:
+            self._gather.restore()
+        elif self._overlap:
+            for chunk in self._chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def _update(self, norm: float) -> None:
         """Clip by a norm that is already known and step, as Megatron's ChainedOptimizer.step does."""
@@ -153,43 +152,71 @@ class MegatronEngine:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=norm)
         self._optimizer.step_with_ready_grads()
 
+    def _keyed_chunks(self) -> list[tuple[str, DistributedDataParallel]]:
+        """The chunks under Megatron's names in a state dict; the names of their tensors do not depend on the layout."""
+        if len(self._chunks) == 1:
+            return [("model", self._chunks[0])]
+        return [(f"model{i}", chunk) for i, chunk in enumerate(self._chunks)]
+
     def _sharded_state(self, *, is_loading: bool, with_random: bool) -> dict[str, Any]:
         """The state as Megatron's sharded state dict.
 
         Optimizer tensors have the shape of their parameters, so that they can be cut anew for another layout.
         """
-        metadata = {"dp_cp_group": self._group, "distrib_optim_sharding_type": "fully_reshardable"}
-        model = cast(GPTModel, self._chunk.module).sharded_state_dict(metadata=metadata)
-        state = {
-            "model": model,
-            "optimizer": self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+        metadata = {"dp_cp_group": replicas(), "distrib_optim_sharding_type": "fully_reshardable"}
+        state: dict[str, Any] = {
+            key: cast(GPTModel, chunk.module).sharded_state_dict(metadata=metadata)
+            for key, chunk in self._keyed_chunks()
         }
+        model = state["model"] if len(self._chunks) == 1 else dict(state)
+        state["optimizer"] = self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         if with_random:
-            state["random"] = ShardedObject(
-                "random",
-                random_states(),
-                (self.config.parallel.pp, self.config.parallel.tp),
-                (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
-                replica_id=self.world.dp_rank,
-            )
+            state["random"] = self._sharded_random_states()
         return state
 
+    def _sharded_random_states(self) -> ShardedObject:
+        """This rank's generators; those of ranks with the same part of the model are taken to be the same."""
+        p = self.config.parallel
+        shape = (p.pp, p.tp, p.ep) if p.ep > 1 else (p.pp, p.tp)
+        place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
+        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        if p.ep > 1:
+            place, replica = (*place, parallel_state.get_expert_model_parallel_rank()), replica // p.ep
+        return ShardedObject("random", random_states(), shape, place, replica_id=replica)
 
-def _wrap(model: GPTModel, world: World) -> DistributedDataParallel:
-    """Data parallelism with fp32 gradients; the reduction overlaps backward where there is someone to reduce with."""
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=world.device.type == "cuda" and world.dp_size > 1,
-    )
-    config = get_model_config(model)
-    chunk = DistributedDataParallel(config, ddp, model.to(world.device))
+
+def _replicated(config: RunConfig, world: World) -> bool:
+    """Whether gradients are reduced, and updated weights gathered, over more than one rank."""
+    return world.dp_size * config.parallel.cp > 1
+
+
+def _wrap(chunks: Sequence[GPTModel], world: World, *, overlap: bool) -> list[DistributedDataParallel]:
+    """Data parallelism with fp32 gradients.
+
+    overlap   reduce the gradients of a bucket while backward goes on, gather weights while the next forward pass runs
+    """
+    config = get_model_config(chunks[0])
+    wrapped = []
+    for i, chunk in enumerate(chunks):
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+        )
+        for name, parameter in chunk.named_parameters():
+            if ".local_experts." in name:  # an optimizer of their own at ep 1 too, so that checkpoints have one form
+                setattr(parameter, "allreduce", False)  # noqa: B010 - a mark on a tensor
+        # as Megatron-LM: only the first chunk's communication is on the critical path and worth cutting in buckets
+        wrapped.append(DistributedDataParallel(config, ddp, chunk.to(world.device), disable_bucketing=i > 0))
     config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = chunk.no_sync
-    return chunk
+    config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [chunk.no_sync for chunk in wrapped]
+    return wrapped
 
 
-def _make_optimizer(chunk: DistributedDataParallel, config: RunConfig, dtype: torch.dtype) -> Any:
+def _make_optimizer(
+    chunks: Sequence[DistributedDataParallel], config: RunConfig, dtype: torch.dtype, *, overlap: bool
+) -> Any:
     """Megatron's optimizer with all its state in place, so that it can be saved before the first update."""
     o = config.optim
     settings = OptimizerConfig(
@@ -204,8 +231,9 @@ def _make_optimizer(chunk: DistributedDataParallel, config: RunConfig, dtype: to
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=overlap,
     )
-    optimizer: Any = get_megatron_optimizer(settings, [chunk], use_gloo_process_groups=False)
+    optimizer: Any = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:
             optim.use_fused_step(part.optimizer)
@@ -238,8 +266,3 @@ def _restore_part(part: Any, state: dict[str, Any]) -> None:
     for p, step in steps.items():
         inner.state[p]["step"] = step.clone()
     optim.use_fused_step(inner)
-
-
-def _loss(mask_BS: Tensor, loss_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    mean, sums = masked_mean(loss_BS.float(), mask_BS)
-    return mean, {"sums": sums}

@@ -18,27 +18,27 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fp4dist import env
 from fp4dist.errors import CheckpointError, ConfigError, TrainingDiverged
-from fp4dist.megatron.provider import build_gpt
+from fp4dist.megatron.provider import build_chunks
 from fp4dist.megatron.sites import count_parameters, flops_per_token, gpt_sites
-from fp4dist.megatron.upstream import parallel_state
 from fp4dist.nn.apply import AppliedRecipe, apply_recipe, plan_table
+from fp4dist.nn.triage import Triage
 from fp4dist.spec.build import plain
 from fp4dist.spec.load import config_hash, dump
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import checkpoint, data, memory
 from fp4dist.train.checkpoint import Manifest, Store
-from fp4dist.train.engine import Engine, StepResult
+from fp4dist.train.engine import Engine, StepResult, layer_offsets
 from fp4dist.train.folder import RunFolder
 from fp4dist.train.metrics import ConsoleSink, JsonlSink, Record, Sink, TensorboardSink, WandbSink, peak_tflops
 from fp4dist.train.packages import check_packages, versions
@@ -93,14 +93,13 @@ def dry_run(config: RunConfig) -> str:
     model, size = config.model, _DTYPES[config.train.dtype].itemsize
     table = plan_table(gpt_sites(model), config.recipe, tokens=_tokens(config), tp=config.parallel.tp).table()
     needed = memory.estimate(config, dp, element=size)
-    p = config.parallel
     return "\n".join(
         [
             f"# resolved configuration, hash {config_hash(config)}",
             dump(config),
             table,
             f"parameters: {count_parameters(model):,} ({model.name}); {needed.parameters:,} on the fullest of"
-            f" {env.world_size()} ranks (tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp})",
+            f" {env.world_size()} ranks ({_layout(config, dp)})",
             f"training: {flops_per_token(model) / 1e9:.3f} GFLOP a token, {_step_tokens(config):,} tokens a step,"
             f" {_step_tokens(config) * config.train.steps / 1e9:.3f} billion tokens in {config.train.steps} steps",
             f"memory of that rank in {config.train.dtype} under engine {config.engine.kind} (the large buffers):",
@@ -116,6 +115,15 @@ def resolve_dtype(config: RunConfig) -> RunConfig:
     dtype = "bf16" if torch.cuda.is_available() else "fp32"
     log.info("train.dtype: auto is %s here", dtype)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
+
+
+def _layout(config: RunConfig, dp: int) -> str:
+    """The parallel sizes for the log."""
+    p = config.parallel
+    sizes = [("tp", p.tp), ("pp", p.pp), *([("cp", p.cp)] if p.cp > 1 else []), ("dp", dp)]
+    text = " x ".join(f"{name} {size}" for name, size in sizes)
+    text += "".join(f", {name} {size}" for name, size in (("vpp", p.vpp), ("ep", p.ep)) if size > 1)
+    return text + (", sequence parallel" if p.sequence_parallel else "")
 
 
 def _tokens(config: RunConfig) -> int:
@@ -213,7 +221,8 @@ class _Training:
             return
         p, m = self.config.parallel, start.manifest
         assert self.engine is not None
-        self.engine.load(start.folder / checkpoint.STATE, step=m.step, same_layout=(m.tp, m.pp) == (p.tp, p.pp))
+        same = (m.tp, m.pp, m.ep) == (p.tp, p.pp, p.ep)
+        self.engine.load(start.folder / checkpoint.STATE, step=m.step, same_layout=same)
         self.applied.drop_caches()
         log.info("continuing from %s: step %d of %d", start.folder, m.step, self.config.train.steps)
         if m.recipe_hash != checkpoint.recipe_hash(self.config.recipe):
@@ -235,9 +244,9 @@ class _Training:
         assert self.engine is not None
         log.info("run folder %s, config hash %s", folder.path, config_hash(config))
         log.info(
-            "%s, %s parameters, %s, %d ranks (tp %d x pp %d x dp %d), optimizer %s",
+            "%s, %s parameters, %s, %d ranks (%s), optimizer %s",
             config.model.name, f"{count_parameters(config.model):,}", config.train.dtype, self.world.size,
-            config.parallel.tp, config.parallel.pp, self.world.dp_size, self.engine.optimizer_name,
+            _layout(config, self.world.dp_size), self.engine.optimizer_name,
         )  # fmt: skip
         log.info("%s", self.applied.table())
 
@@ -269,14 +278,14 @@ class _Training:
             log.info("nothing to do: step %d is behind the run already", start)
             return start, None
         consumed = start * config.train.global_batch_size
-        batches = data.train_iterator(
-            self.datasets, config, dp_rank=world.dp_rank, dp_size=world.dp_size, consumed_samples=consumed
-        )
+        batches = data.train_iterator(self.datasets, config, consumed_samples=consumed, **self._place())
         loss, step = None, start
         for step in range(start + 1, steps + 1):
             result, seconds = self._step(step, batches, check=step == start + 1)
             loss = result.loss
             self._count_nonfinite(step, result)
+            if self._streak == 1:
+                self._explain_skip(step)
             evaluate = step == steps or (config.train.eval_every > 0 and step % config.train.eval_every == 0)
             self._emit(self._record(step, result, seconds, self._evaluate(step) if evaluate else None))
             stop = world.any(self._signalled) or (stop_after is not None and step >= stop_after)
@@ -306,10 +315,14 @@ class _Training:
         if self.datasets.valid is None:
             return None
         self._set_clock(step)
-        rank, size = self.world.dp_rank, self.world.dp_size
-        loss = self.engine.evaluate(data.valid_batches(self.datasets, self.config, dp_rank=rank, dp_size=size))
+        loss = self.engine.evaluate(data.valid_batches(self.datasets, self.config, **self._place()))
         self._val_losses.append((step, loss))
         return loss
+
+    def _place(self) -> dict[str, int]:
+        """Whose samples and which pieces of them this process reads."""
+        w = self.world
+        return {"dp_rank": w.dp_rank, "dp_size": w.dp_size, "cp_rank": w.cp_rank, "cp_size": w.cp_size}
 
     def _set_clock(self, updates: int) -> None:
         for message in self.applied.set_step(updates, self.config.train.steps):
@@ -323,6 +336,19 @@ class _Training:
                 "step %d: loss %g, gradient norm %g: skipped (%d in a row, at most %d)",
                 step, result.loss, result.grad_norm, self._streak, self.config.train.max_nonfinite_steps,
             )  # fmt: skip
+
+    def _explain_skip(self, step: int) -> None:
+        """Log which module and operand was the first that was not finite: the step's micro-batches run once more."""
+        assert self.engine is not None
+        config, world = self.config, self.world
+        consumed = (step - 1) * config.train.global_batch_size
+        self._set_clock(step - 1)
+        batches = data.train_iterator(self.datasets, config, consumed_samples=consumed, **self._place())
+        found = self.engine.retrace(batches)
+        everyone: list[Any] = [None] * world.size
+        dist.all_gather_object(everyone, found)
+        for line in explain(everyone, step).splitlines():
+            log.warning("%s", line)
 
     def _stop_if_diverged(self, step: int) -> None:
         limit = self.config.train.max_nonfinite_steps
@@ -400,32 +426,47 @@ class _Training:
 def _build(config: RunConfig, world: World) -> tuple[Engine, AppliedRecipe]:
     """The model under its recipe in its engine."""
     dtype = _DTYPES[config.train.dtype]
-    model = build_gpt(
-        config,
-        dtype,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    whole = config.parallel.pp == 1
+    chunks = build_chunks(config, dtype)
+    whole = config.parallel.pp == 1 and config.parallel.ep == 1
     applied = apply_recipe(
-        model,
+        chunks,
         config.recipe,
         seed=config.run.seed,
         backend=config.backend,
         sites=None if whole else gpt_sites(config.model),
-        layer_offset=cast(Any, model.decoder).layers[0].layer_number - 1,
+        layer_offset=layer_offsets(chunks),
         tokens=_tokens(config),
     )
     applied.clock.cache_weights = True  # weights change only between steps
     if config.engine.kind == "megatron":
         from fp4dist.train.engine_megatron import MegatronEngine
 
-        return MegatronEngine(config, world, model, applied, dtype), applied
+        return MegatronEngine(config, world, chunks, applied, dtype), applied
     if world.device.type == "cpu":
         env.tell_deepspeed_there_is_no_gpu()  # before the import: DeepSpeed decides then
     from fp4dist.train.engine_deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(config, world, model, applied, dtype), applied
+    return DeepSpeedEngine(config, world, chunks, applied, dtype), applied
+
+
+def explain(found: Sequence[Triage], step: int) -> str:
+    """The first finding of all ranks in words: forward in the earliest micro-batch, on the earliest pipeline stage.
+
+    found   of each rank. Stages follow each other in the order of ranks; backward comes from the last one
+    """
+    forward = [f.forward for f in found if f.forward is not None]
+    backward = [f.backward for f in found if f.backward is not None]
+    if forward:
+        first = min(forward, key=lambda f: (f.micro_batch, f.rank))
+    elif backward:
+        first = min(backward, key=lambda f: (f.micro_batch, -f.rank))
+    else:
+        seen = "value in the model" if any(f.checked["backward"] for f in found) else "value of the forward passes"
+        return (
+            f"step {step} run again: every {seen} is finite; a gradient or a sum over micro-batches or ranks overflowed"
+            " elsewhere, or the hardware gave another result this time"
+        )
+    return f"step {step} run again: {first.text()}"
 
 
 def _counted_share(applied: AppliedRecipe, world: World) -> float:

@@ -56,8 +56,17 @@ def estimate(config: RunConfig, dp: int, *, element: int) -> MemoryEstimate:
 
     element   bytes of one weight or activation: 2 for bf16, 4 for fp32
     """
-    count = _parameters_per_rank(config)
-    weights, gradients, optimizer = _states(config, count, dp, element)
+    dense, experts = _parameters_per_rank(config)
+    p, count = config.parallel, dense + experts
+    per_stage = p.tp * p.cp * dp
+    weights, gradients, optimizer = (
+        a + b
+        for a, b in zip(
+            _states(config, dense, dp * p.cp, element),
+            _states(config, experts, max(1, per_stage // p.ep), element),  # experts are not cut by tp
+            strict=True,
+        )
+    )
     return MemoryEstimate(
         parameters=count,
         weights=weights,
@@ -68,14 +77,21 @@ def estimate(config: RunConfig, dp: int, *, element: int) -> MemoryEstimate:
     )
 
 
-def _parameters_per_rank(config: RunConfig) -> int:
-    """Parameters of the fullest stage: its share of the blocks, and embedding or head (both without a pipeline)."""
+def _parameters_per_rank(config: RunConfig) -> tuple[int, int]:
+    """(others, those of experts) on the fullest stage: its share of the blocks, and embedding or head (both without a
+    pipeline).
+    """
     model, p = config.model, config.parallel
-    blocks = sum(s.in_features * s.out_features for s in gpt_sites(model) if s.role in BLOCK_ROLES)
+    sizes = dict.fromkeys(("blocks", "expert", "router"), 0)
+    for s in gpt_sites(model):
+        key = s.role if s.role in sizes else "blocks" if s.role in BLOCK_ROLES else None
+        if key is not None:
+            sizes[key] += s.in_features * s.out_features
     table = model.vocab_size * model.hidden_size
-    tables = count_parameters(model) - blocks - _norms(model)
+    tables = count_parameters(model) - sum(sizes.values()) - _norms(model)
     ends = table if p.pp > 1 else tables
-    return blocks // (p.tp * p.pp) + ends // p.tp + _norms(model) // p.pp
+    whole = sizes["router"] + _norms(model)
+    return sizes["blocks"] // (p.tp * p.pp) + ends // p.tp + whole // p.pp, sizes["expert"] // (p.ep * p.pp)
 
 
 def _norms(model: ModelConfig) -> int:
@@ -84,39 +100,54 @@ def _norms(model: ModelConfig) -> int:
 
 
 def _states(config: RunConfig, count: int, dp: int, element: int) -> tuple[int, int, int]:
-    """Bytes of (weights, gradients, optimizer).
+    """Bytes of (weights, gradients, optimizer) of `count` parameters that `dp` ranks hold alike.
 
     Optimizer: two fp32 moments, and an fp32 master copy where the weights are not fp32 themselves.
     Megatron: gradients in one fp32 buffer, optimizer state cut over data-parallel ranks.
-    DeepSpeed: ZeRO 1 cuts the optimizer state, 2 also the gradients, 3 also the weights; bf16 gradients are summed in a
-    second buffer, in fp32.
+    DeepSpeed: ZeRO 1 cuts the optimizer state, 2 also the gradients, 3 also the weights; gradients are fp32 as well.
     """
     moments = 2 * _FP32 * count + (_FP32 * count if element < _FP32 else 0)
     if config.engine.kind == "megatron":
         return element * count, _FP32 * count, moments // dp
     stage = config.engine.zero_stage
-    summed = _FP32 if element < _FP32 else 0
     return (
         element * count // (dp if stage == 3 else 1),
-        (element + summed) * count // (dp if stage >= 2 else 1),
+        _FP32 * count // (dp if stage >= 2 else 1),
         moments // (dp if stage >= 1 else 1),
     )
 
 
 def _activations(config: RunConfig, element: int) -> int:
-    """What a block keeps for backward, a token, in elements of the model's precision:
+    """What the layers keep for backward, in elements of the model's precision:
 
     whole hidden width       both norms' inputs and outputs                                4 h
     tensor-parallel width    q, k, v, the attention's output, fc1's two outputs, fc2's input  2 q + 2 kv + 3 f
+    experts, top_k a token   their input, fc1's two outputs, fc2's input                      h + 3 f
 
-    The first stage of a pipeline holds up to pp micro-batches at once.
+    Full recomputation keeps the input of each layer, and all of this of one; of selective recomputation `mlp` counts.
+    The first stage of a pipeline holds up to pp micro-batches at once, interleaved (pp - 1) / vpp more.
     """
     m, p, t = config.model, config.parallel, config.train
-    replicated = 4 * m.hidden_size / (p.tp if p.sequence_parallel else 1)
-    sharded = (2 * m.num_attention_heads + 2 * m.query_groups) * m.kv_channels + 3 * m.ffn_hidden_size
+    layer = [_kept(config, number) for number in range(m.num_layers)]
+    stage = sum(layer) / p.pp
+    if t.recompute == "full":
+        stage = m.num_layers / p.pp * m.hidden_size / (p.tp if p.sequence_parallel else 1)
     tokens = t.micro_batch_size * m.seq_length / p.cp
-    in_flight = min(p.pp, t.global_batch_size // t.micro_batch_size)
-    return int(element * tokens * (m.num_layers / p.pp) * in_flight * (replicated + sharded / p.tp))
+    in_flight = min(p.pp + ((p.pp - 1) / p.vpp if p.vpp > 1 else 0), t.global_batch_size // t.micro_batch_size)
+    return int(element * tokens * (stage * in_flight + (max(layer) if t.recompute == "full" else 0)))
+
+
+def _kept(config: RunConfig, layer: int) -> float:
+    """Elements that one layer keeps for each token of a micro-batch."""
+    m, p, t = config.model, config.parallel, config.train
+    spread = p.tp if p.sequence_parallel else 1
+    again = set(t.recompute_modules) if t.recompute == "selective" else set()
+    kept = 4 * m.hidden_size / spread + (2 * m.num_attention_heads + 2 * m.query_groups) * m.kv_channels / p.tp
+    if m.moe is None or layer < m.moe.first_dense_layers:
+        return kept + (0 if "mlp" in again else 3 * m.ffn_hidden_size / p.tp)
+    routed = m.moe.top_k * (m.hidden_size + 3 * m.moe.ffn_hidden_size) / spread
+    shared = 3 * m.moe.shared_ffn_hidden_size / p.tp
+    return kept + (0 if "moe" in again else routed + (0 if "shared_experts" in again else shared))
 
 
 def _logits(config: RunConfig, element: int) -> int:

@@ -33,13 +33,15 @@ _PIPELINE_SEED_STRIDE = 100  # Megatron's: pipeline stages draw different initia
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One process's place. dp counts replicas of the model, with their rank in `dp_rank`."""
+    """One process's place. dp counts replicas of the model, cp the ranks that share the sequences of one replica."""
 
     rank: int
     size: int
     dp_rank: int
     dp_size: int
     device: torch.device
+    cp_rank: int = 0
+    cp_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -77,11 +79,6 @@ class World:
 def check_sizes(config: RunConfig, world_size: int) -> int:
     """The data-parallel size of `world_size` processes; raises ConfigError when something does not divide."""
     p = config.parallel
-    if p.cp > 1:
-        raise ConfigError(
-            f"parallel.cp = {p.cp}: the attention of this model does not split the sequence; use cp: 1,"
-            " and sequence_parallel or a smaller micro batch to save memory"
-        )
     shards = p.tp * p.pp * p.cp
     if world_size % shards:
         raise ConfigError(
@@ -95,6 +92,18 @@ def check_sizes(config: RunConfig, world_size: int) -> int:
             f"train.global_batch_size = {t.global_batch_size} is not a multiple of"
             f" train.micro_batch_size * data parallel = {t.micro_batch_size} * {dp} = {t.micro_batch_size * dp};"
             " all ranks run equally many micro-batches: change one of them or the number of processes"
+        )
+    micro_batches = t.global_batch_size // (t.micro_batch_size * dp)
+    if p.vpp > 1 and micro_batches % p.pp:
+        raise ConfigError(
+            f"train.global_batch_size = {t.global_batch_size} gives every rank {micro_batches} micro-batches, which is"
+            f" not a multiple of parallel.pp = {p.pp}, as the interleaved schedule (parallel.vpp = {p.vpp}) needs;"
+            " change the batch sizes, or set vpp: 1"
+        )
+    if (world_size // p.pp) % p.ep:
+        raise ConfigError(
+            f"parallel.ep = {p.ep} does not divide the {world_size // p.pp} ranks of a pipeline stage (WORLD_SIZE /"
+            " parallel.pp), over which the experts are spread; change ep or the number of processes"
         )
     return dp
 
@@ -132,9 +141,20 @@ def _device(config: RunConfig) -> torch.device:
             f"{ranks} processes on this host, which shows {count} GPUs; start at most {count} here"
             " (--num_gpus or --nproc-per-node)"
         )
+    if config.train.deterministic:
+        _use_deterministic_kernels()
     device = torch.device("cuda", env.local_rank())
     torch.cuda.set_device(device)
     return device
+
+
+def _use_deterministic_kernels() -> None:
+    """Of attention only flash (its backward can be told) and plain math stay: the others add with atomics."""
+    env.fix_blas_workspace()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    log.info("train.deterministic: kernels with atomic sums and fusions by torch.compile are off")
 
 
 def _set_threads(device: torch.device) -> None:
@@ -151,7 +171,10 @@ def _megatron_groups(config: RunConfig, device: torch.device, dp: int) -> World:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
+        virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
         context_parallel_size=p.cp,
+        expert_model_parallel_size=p.ep,
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -161,7 +184,15 @@ def _megatron_groups(config: RunConfig, device: torch.device, dp: int) -> World:
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     rank = parallel_state.get_data_parallel_rank()
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), dp_rank=rank, dp_size=dp, device=device)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        dp_rank=rank,
+        dp_size=dp,
+        device=device,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=p.cp,
+    )
 
 
 def _close(mine: bool) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from fp4dist.errors import CheckpointError
-from fp4dist.spec.load import load_recipe, recipe_hash
+from fp4dist.spec.load import config_hash, load_recipe, load_run, model_hash, recipe_hash
 from fp4dist.spec.run import RunConfig
 from fp4dist.train.checkpoint import Manifest, Store, check_fits, describe, read_manifest, vet_torch_dist
 from tests.train.tiny_run import tiny_run, with_overrides
@@ -144,6 +144,26 @@ def test_an_unreadable_checkpoint_does_not_stop_retention(store: Store, config: 
 
 
 # -- what fits
+
+
+def test_a_manifest_from_before_vpp_cp_and_ep_is_read(store: Store, config: RunConfig) -> None:
+    folder = save(store, config, 3)
+    data = json.loads((folder / "manifest.json").read_text())
+    for key in ("vpp", "cp", "ep"):
+        del data[key]
+    (folder / "manifest.json").write_text(json.dumps(data))
+    assert read_manifest(folder) == manifest_of(config, 3)
+    del data["tp"]
+    (folder / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=r"manifest\.json has format 1"):
+        read_manifest(folder)
+
+
+def test_hashes_do_not_change_when_fields_are_added() -> None:
+    """Checkpoints of version 0.1 name these; a recipe or model that means the same must be taken for the same."""
+    old = load_run("quickstart")
+    assert (recipe_hash(old.recipe), model_hash(old.model)) == ("a95665735d99c693", "0eaf4556bc5216f3")
+    assert config_hash(old) == "edcf66bbef62d32f"
 
 
 def changed(manifest: Manifest, **values: Any) -> Manifest:

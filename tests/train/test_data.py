@@ -383,3 +383,16 @@ def test_one_rank_prepares_and_errors_reach_all(tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"(?s)rank 0.*bad\.txt: byte 0xff.*rank 1.*bad\.txt: byte 0xff") as error:
         run_ranks(rank_prepares, 2, prepared_config(tmp_path / "bad", str(bad)))
     assert isinstance(error.value.error, DataError)
+
+
+def test_pieces_are_cut_as_megatron_cuts_them() -> None:
+    """Rank r of 2 keeps pieces r and 3 - r of 4, of every tensor; together they are the batch."""
+    tokens = torch.arange(2 * 16).view(2, 16)
+    batch = Batch(tokens, tokens + 100, (tokens % 3 > 0).float(), tokens % 16)
+    first, second = (data_module.own_pieces(batch, rank, 2) for rank in (0, 1))
+    assert torch.equal(first.tokens, tokens[:, [0, 1, 2, 3, 12, 13, 14, 15]])
+    assert torch.equal(second.tokens, tokens[:, 4:12])
+    for name in ("labels", "loss_mask", "position_ids"):
+        whole, (early, late) = getattr(batch, name), getattr(first, name).chunk(2, 1)
+        assert torch.equal(torch.cat([early, getattr(second, name), late], 1), whole)
+    assert data_module.own_pieces(batch, 0, 1) is batch

@@ -12,17 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fp4dist.errors import ConfigError
 from fp4dist.megatron.sites import gpt_sites
 from fp4dist.nn.apply import apply_recipe
 from fp4dist.nn.comm import SLOT_DIMS
 from fp4dist.numerics.codes import unpack
 from fp4dist.spec.load import load_recipe, load_run, shipped
 from fp4dist.spec.run import RunConfig
-from fp4dist.train import data, loop
+from fp4dist.train import data, loop, schedule
 from fp4dist.train.engine import masked_mean
 from fp4dist.train.world import World, open_world
-from tests.distributed import RankError, run_ranks
+from tests.distributed import run_ranks
 from tests.train.tiny_run import FP4, curve, losses, metrics, other_dir, tiny_run, write_counting_tokens
 
 pytestmark = pytest.mark.distributed
@@ -179,9 +178,10 @@ def test_losses_on_text_do_not_depend_on_tensor_parallelism(tmp_path: Path, reci
 
 def state_of(engine: Any) -> list[torch.Tensor]:
     """Copies of every weight, master weight, moment and step count of this rank."""
-    if hasattr(engine, "_chunk"):
+    if hasattr(engine, "_chunks"):
+        engine._finish_gathers()  # of weights that the last step updated
         inner = [part.optimizer for part in engine._optimizer.chained_optimizers]
-        model = engine._chunk.module
+        (model,) = [chunk.module for chunk in engine._chunks]
     else:
         inner, model = [engine._adamw], engine._engine.module
     found = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in model.parameters()]
@@ -207,8 +207,15 @@ def build(
     return engine, applied, data.train_iterator(datasets, config, dp_rank=world.dp_rank, dp_size=world.dp_size)
 
 
-def hooked(applied: Any, model: Any, gradient: Callable[[torch.Tensor], Any]) -> Any:
-    model.decoder.final_layernorm.weight.register_hook(gradient)
+def loss_module(engine: Any) -> Any:
+    """The module in which the engine looks up masked_mean."""
+    pipeline = hasattr(engine, "_chunks") or getattr(engine, "_pipeline", None) is not None
+    return schedule if pipeline else sys.modules[type(engine).__module__]
+
+
+def hooked(applied: Any, chunks: Any, gradient: Callable[[torch.Tensor], Any]) -> Any:
+    if (norm := chunks[-1].decoder.final_layernorm) is not None:  # the last stage of a pipeline has it
+        norm.weight.register_hook(gradient)
     return applied
 
 
@@ -222,7 +229,7 @@ def skip_behaviour(folder: str, cases: dict[str, tuple[str, ...]]) -> dict[str, 
             last = world.rank == world.size - 1
             gradient = lambda g, p=poison, last=last: g * math.inf if p["gradient"] and last else g  # noqa: E731
             engine, applied, batches = build(config, world, gradient)
-            module = sys.modules[type(engine).__module__]
+            module = loss_module(engine)
             original = module.masked_mean
             module.masked_mean = lambda *a, p=poison, f=original: infinite(*f(*a)) if p["loss"] else f(*a)
             log = []
@@ -273,7 +280,7 @@ def first_step_skipped(folder: str, cases: dict[str, tuple[str, ...]]) -> dict[s
         config = tiny_run(Path(folder), *overrides, name=name)
         with open_world(config) as world:
             engine, applied, batches = build(config, world)
-            module = sys.modules[type(engine).__module__]
+            module = loss_module(engine)
             original = module.masked_mean
             module.masked_mean = lambda *a, f=original: infinite(*f(*a))
             applied.set_step(0, 6)
@@ -333,6 +340,8 @@ def test_resume_is_exact_on_two_ranks(folder: str) -> None:
         "megatron": (*KINDS["megatron"], f"recipe={FP4}"),
         "zero1": (*KINDS["zero1"], f"recipe={FP4}"),
         "tp2": (*KINDS["megatron"], "parallel.tp=2"),
+        "vpp": (*KINDS["megatron"], f"recipe={FP4}", "parallel.pp=2", "parallel.vpp=2", "model.num_layers=4"),
+        "cp2": (*KINDS["megatron"], f"recipe={FP4}", "parallel.cp=2"),
     }
     for results in run_ranks(interrupted_and_whole, 2, folder, cases, timeout=300):
         for name, (whole, parts) in results.items():
@@ -385,17 +394,6 @@ def test_megatron_checkpoints_can_change_their_layout(folder: str) -> None:
         assert [step for step, _ in found] == [3, 4, 5, 6]  # step 3: the weights it started with were evaluated
         for step, loss in found[1:]:
             assert loss == pytest.approx(expected[step], rel=1e-5)
-
-
-def pipeline_under_deepspeed(folder: str) -> None:
-    loop.run(tiny_run(Path(folder), "engine.kind=deepspeed", "parallel.pp=2"))
-
-
-def test_deepspeed_refuses_pipelines(folder: str) -> None:
-    with pytest.raises(RankError) as caught:
-        run_ranks(pipeline_under_deepspeed, 2, folder)
-    assert isinstance(caught.value.error, ConfigError)
-    assert "use engine.kind: megatron for pipelines" in str(caught.value.error)
 
 
 def test_masked_mean_counts_only_what_the_mask_admits() -> None:

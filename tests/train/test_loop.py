@@ -177,19 +177,24 @@ def diverging(folder: str, kind: str) -> dict[str, Any]:
 
     def poisoned(model: Any, *args: Any, **kwargs: Any) -> Any:
         applied = apply_recipe(model, *args, **kwargs)
-        weight = model.decoder.final_layernorm.weight
+        weight = model[-1].decoder.final_layernorm.weight
         weight.register_hook(lambda g: g * float("inf") if applied.clock.step >= 3 else g)
         return applied
 
     every_step = ("train.eval_every=1", "checkpoint.every=1", "checkpoint.keep=1")
     overrides = (f"engine.kind={kind}", "train.max_nonfinite_steps=3", *every_step)
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fp4dist").addHandler(handler)
     config = tiny_run(Path(folder), *overrides, name=kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "apply_recipe", poisoned)
         two_bad_steps = loop.run(tiny_run(Path(folder), *overrides, "train.stop_after=5", name=kind))
         error = raised(folder, *overrides, name=kind)
     kept = sorted(p.name for p in (Path(config.run_dir) / "checkpoints").iterdir())
-    return {"skipped": two_bad_steps.skipped_steps, "error": error, "lines": metrics(config), "kept": kept}
+    skipped, lines = two_bad_steps.skipped_steps, metrics(config)
+    return {"skipped": skipped, "error": error, "lines": lines, "kept": kept, "told": told}
 
 
 @pytest.mark.parametrize("kind", ["megatron", "deepspeed"])
@@ -206,6 +211,13 @@ def test_bad_steps_are_skipped_counted_and_end_the_run(folder: str, kind: str) -
     assert lines[4]["grad_norm"] is None, "JSON has no infinity"
     assert lines[3]["val_loss"] == lines[4]["val_loss"] == lines[6]["val_loss"], "skipped steps leave the weights alone"
     assert result["kept"] == ["latest", "step_00000003", "step_00000006"]
+    triage = [line for line in result["told"] if line.startswith("step 4 run again: ")]
+    assert len(triage) == 1, "the first bad step of a row is explained"
+    where = {
+        "megatron": "weight gradient of decoder.final_layernorm (RMSNorm) is not finite, step 3, micro-batch 0",
+        "deepspeed": "every value of the forward passes is finite",
+    }
+    assert where[kind] in triage[0]
 
 
 # -- interruptions
@@ -217,7 +229,7 @@ def preempted(folder: str) -> dict[str, Any]:
     def signalling(model: Any, *args: Any, **kwargs: Any) -> Any:
         applied = apply_recipe(model, *args, **kwargs)
         send = lambda g: os.kill(os.getpid(), signal.SIGTERM) if applied.clock.step == 1 else None  # noqa: E731
-        model.decoder.final_layernorm.weight.register_hook(send)
+        model[-1].decoder.final_layernorm.weight.register_hook(send)
         return applied
 
     config = tiny_run(Path(folder))

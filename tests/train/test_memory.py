@@ -9,7 +9,7 @@ import pytest
 from fp4dist.errors import ConfigError, RecipeMismatch
 from fp4dist.megatron.sites import count_parameters
 from fp4dist.spec.load import load_run, shipped
-from fp4dist.spec.run import RunConfig
+from fp4dist.spec.run import MoeConfig, RunConfig
 from fp4dist.train.loop import dry_run
 from fp4dist.train.memory import estimate, readable
 from tests.train.tiny_run import FP4, tiny_run, with_overrides
@@ -42,7 +42,7 @@ def test_bf16_has_a_master_copy_and_data_parallelism_cuts_it(config: RunConfig) 
 
 
 @pytest.mark.parametrize(
-    ("stage", "weights", "gradients", "optimizer"), [(0, 2, 6, 12), (1, 2, 6, 3), (2, 2, 1.5, 3), (3, 0.5, 1.5, 3)]
+    ("stage", "weights", "gradients", "optimizer"), [(0, 2, 4, 12), (1, 2, 4, 3), (2, 2, 1, 3), (3, 0.5, 1, 3)]
 )
 def test_zero_stages(config: RunConfig, stage: int, weights: float, gradients: float, optimizer: float) -> None:
     needed = estimate(with_overrides(config, "engine", kind="deepspeed", zero_stage=stage), 4, element=2)
@@ -79,7 +79,7 @@ def test_a_dry_run_finds_what_does_not_fit(tmp_path: Path) -> None:
         dry_run(tiny_run(tmp_path, "recipe=quartet2"))
     with pytest.raises(ConfigError, match="WORLD_SIZE = 1"):
         dry_run(tiny_run(tmp_path, "parallel.tp=2"))
-    with pytest.raises(ConfigError, match=r"parallel\.cp = 2"):
+    with pytest.raises(ConfigError, match=r"cp = 1 \* 1 \* 2 = 2"):
         dry_run(tiny_run(tmp_path, "parallel.cp=2"))
 
 
@@ -88,3 +88,34 @@ def test_a_dry_run_finds_what_does_not_fit(tmp_path: Path) -> None:
 def test_every_shipped_run_fits_its_recipes(name: str, recipe: str) -> None:
     assert name in shipped("runs")
     assert "total" in dry_run(load_run(name, [f"recipe={recipe}"]))
+
+
+def test_experts_are_cut_by_expert_parallelism_alone(config: RunConfig) -> None:
+    """4 experts of 64, top 2, in place of each layer's MLP."""
+    moe = with_overrides(config, "model", moe=MoeConfig(num_experts=4, top_k=2, ffn_hidden_size=64))
+    experts, attention = 2 * 4 * 3 * 64 * 64, BLOCKS - 2 * (256 * 64 + 64 * 128)
+    dense = attention + TABLES + NORMS + 2 * 4 * 64
+    whole = estimate(moe, 1, element=4)
+    assert whole.parameters == count_parameters(moe.model) == dense + experts
+    split = estimate(with_overrides(moe, "parallel", ep=2), 2, element=4)
+    assert split.parameters == dense + experts // 2
+    assert split.optimizer == 8 * (dense // 2 + experts // 2)
+    tokens, attention_kept = 2 * 32, 4 * 64 + 2 * 64 + 2 * 32
+    assert whole.activations == 4 * tokens * 2 * (attention_kept + 2 * (64 + 3 * 64))
+
+
+def test_context_parallelism_interleaving_and_recomputation(config: RunConfig) -> None:
+    whole = estimate(config, 1, element=4)
+    pieces = estimate(with_overrides(config, "parallel", cp=2), 1, element=4)
+    assert (pieces.activations, pieces.logits) == (whole.activations // 2, whole.logits // 2)
+    assert pieces.optimizer == whole.optimizer // 2
+    deep = with_overrides(with_overrides(config, "train", global_batch_size=64), "model", num_layers=8)
+    plain, interleaved = (
+        estimate(with_overrides(deep, "parallel", pp=4, vpp=vpp), 1, element=4).activations for vpp in (1, 2)
+    )
+    assert interleaved == plain * 5.5 / 4
+    tokens, per_layer = 2 * 32, 4 * 64 + (2 * 64 + 2 * 32) + 3 * 128
+    full = estimate(with_overrides(config, "train", recompute="full"), 1, element=4).activations
+    assert full == 4 * tokens * (2 * 64 + per_layer)
+    selective = estimate(with_overrides(config, "train", recompute="selective"), 1, element=4).activations
+    assert selective == 4 * tokens * 2 * (per_layer - 3 * 128)

@@ -13,6 +13,8 @@ from fp4dist.train.world import check_sizes, open_world
 from tests.distributed import run_ranks
 from tests.train.tiny_run import tiny_run, with_overrides
 
+EXPERTS = ("model.moe={num_experts: 4, ffn_hidden_size: 64}",)
+
 
 def test_data_parallel_is_what_remains(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, "train.global_batch_size=8")
@@ -31,7 +33,13 @@ def test_data_parallel_is_what_remains(tmp_path: Path) -> None:
         ),
         (("parallel.tp=2", "parallel.pp=2"), 2, r"= 2 \* 2 \* 1 = 4"),
         ((), 3, r"train\.global_batch_size = 4 is not a multiple of .* = 2 \* 3 = 6"),
-        (("parallel.cp=2",), 2, r"parallel\.cp = 2: .* use cp: 1"),
+        (("parallel.cp=2",), 3, r"= 1 \* 1 \* 2 = 2"),
+        (
+            ("parallel.pp=2", "parallel.vpp=2", "model.num_layers=4", "train.micro_batch_size=4"),
+            2,
+            r"1 micro-batches, which is not a multiple of parallel\.pp = 2",
+        ),
+        ((*EXPERTS, "parallel.ep=4", "parallel.pp=2"), 4, r"parallel\.ep = 4 does not divide the 2 ranks of a"),
     ],
 )
 def test_sizes_that_do_not_divide(tmp_path: Path, overrides: tuple[str, ...], world: int, message: str) -> None:
