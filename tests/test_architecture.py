@@ -38,7 +38,7 @@ ENVIRONMENT_BLIND = {"spec", "numerics"}  # noise, seeds and numerics never depe
 PURE = {"errors": set(), "env": set(), "spec": {"yaml"}}  # third-party packages that the lowest packages may import
 HOMELESS = {"util", "utils", "common", "helper", "helpers", "misc"}  # such a name shows a missing concept
 METHOD_NAMES = ("quartet", "tetrajet", "nvidia_nvfp4")  # recipes are data: the code knows only their blocks
-LINE_LIMITS = {"launch/pretrain.py": 80, "README.md": 200, "setup.py": 120}
+LINE_LIMITS = {"launch/pretrain.py": 80, "README.md": 240, "setup.py": 120}
 
 Import = tuple[int, str]  # line, absolute module
 Function = ast.FunctionDef | ast.AsyncFunctionDef
