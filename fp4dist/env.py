@@ -71,9 +71,14 @@ def serialize_device_queues() -> bool:
     return True
 
 
-def fix_blas_workspace() -> None:
-    """Set CUBLAS_WORKSPACE_CONFIG unless it is set: cuBLAS then sums alike in every run. Before CUDA is initialized."""
+def ask_for_deterministic_kernels() -> None:
+    """Set what cuBLAS and Transformer Engine's attention look at, unless it is set. Before CUDA is initialized.
+
+    CUBLAS_WORKSPACE_CONFIG             :4096:8: cuBLAS sums alike in every run, and torch refuses to run it otherwise
+    NVTE_ALLOW_NONDETERMINISTIC_ALGO    0: Megatron-core refuses deterministic_mode with any other value
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
 def tell_deepspeed_there_is_no_gpu() -> None:

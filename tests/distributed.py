@@ -15,6 +15,7 @@ imports once, the others a fraction of a second. Ranks see no GPU: what runs her
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -25,12 +26,20 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from multiprocessing import connection, forkserver
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-PRELOAD = ("torch", "numpy", "fp4dist.megatron.upstream", "megatron.core.dist_checkpointing")
+PRELOAD = (
+    "torch",
+    "numpy",
+    "pytest",
+    "megatron.core.dist_checkpointing",
+    "fp4dist.train.engine_megatron",
+    "fp4dist.train.loop",
+)
 GRACE_S = 3.0  # after the first error, for the other ranks to report theirs instead of being stopped in a collective
 
 
@@ -151,12 +160,15 @@ def _main(pipe: connection.Connection, work: bytes, env: dict[str, str], store: 
     os.setsid()  # a process group of its own, see _end
     os.environ.update(env)
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported before: Megatron collects garbage at every save
+    _hand_over_write_results(pipe)
     try:
         fn, args = pickle.loads(work)
         if store is not None:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"])
             )
+            dist.barrier()  # a rank that is done at once must not leave while others still connect to it
         answer = pickle.dumps(("done", fn(*args), None))
     except BaseException as error:  # whatever it is, the parent has to hear of it
         answer = _pickle_failure(error)
@@ -164,6 +176,19 @@ def _main(pipe: connection.Connection, work: bytes, env: dict[str, str], store: 
     pipe.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _hand_over_write_results(pipe: connection.Connection) -> None:
+    """Fork the process through which Megatron's checkpoint writer answers; it would spawn one that imports torch anew.
+
+    Without `pipe`, whose end tells the parent that this rank has died.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(pipe.close)
+    assert filesystem_async._results_queue is None
+    filesystem_async._results_queue = manager.Queue()
 
 
 def _pickle_failure(error: BaseException) -> bytes:

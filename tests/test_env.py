@@ -11,10 +11,12 @@ from fp4dist.errors import ConfigError
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+KERNELS = ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO")
+
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*NAMES, "CUDA_DEVICE_MAX_CONNECTIONS"):
+    for name in (*NAMES, "CUDA_DEVICE_MAX_CONNECTIONS", *KERNELS):
         monkeypatch.setenv(name, "")  # so that what the test sets is undone
         monkeypatch.delenv(name)
 
@@ -65,3 +67,11 @@ def test_device_queues_are_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     assert not env.serialize_device_queues()
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8", "a user's value wins"
+
+
+def test_deterministic_kernels_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    env.ask_for_deterministic_kernels()
+    assert [os.environ[name] for name in KERNELS] == [":4096:8", "0"]
+    monkeypatch.setenv(KERNELS[0], ":16:8")
+    env.ask_for_deterministic_kernels()
+    assert os.environ[KERNELS[0]] == ":16:8", "a user's value wins"

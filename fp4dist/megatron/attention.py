@@ -163,7 +163,9 @@ class SdpaAttention(MegatronModule):
         length, parts = query.size(0) // 2, []
         for piece, queries in zip((rank, 2 * size - 1 - rank), query.split(length), strict=True):
             end = (piece + 1) * length
-            bias = causal_lower_right(length, end)  # the last query sees all of these keys
+            # the last query sees all of these keys. On a GPU flash attention in 16 bits, grouped heads included (its
+            # causal mask is aligned there); in fp32 memory-efficient attention, and a mask tensor with grouped heads
+            bias = causal_lower_right(length, end)
             parts.append(self._attend(queries, keys[:end], values[:end], bias, False))
         return torch.cat(parts)
 

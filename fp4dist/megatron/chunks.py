@@ -166,6 +166,12 @@ def check_config(config: TransformerConfig | None, recipe: Recipe) -> None:
     refuse_fp4_switch(config)
     if not recipe.wants_fp4:
         return
+    if getattr(config, "fp8", None):
+        raise ConfigError(
+            f"fp8 = {config.fp8!r} (--fp8-format): Megatron-core hands it to Transformer Engine's linears, which this"
+            " model does not have, and recomputes through TE's checkpoint, where the rounding noise would differ from"
+            " the first run's; leave it out"
+        )
     graphs = getattr(config, "cuda_graph_impl", "none")
     if graphs not in (None, "none") or getattr(config, "enable_cuda_graph", False):
         raise ConfigError(

@@ -73,6 +73,16 @@ def refuse_fp4_switch(config: Any) -> None:
         )
 
 
+def forget_aux_losses() -> None:
+    """Empty Megatron's log of the routers' losses, which has a place for each layer of the first model that used it."""
+    if find_spec("megatron.core.transformer.moe.moe_logging") is None:
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+        return
+    from megatron.core.transformer.moe import moe_logging  # pyright: ignore[reportAttributeAccessIssue]
+
+    moe_logging.destroy_moe_metrics_tracker()
+
+
 @contextmanager
 def without_known_warnings() -> Generator[None]:
     """Silence what Megatron-core says at import and of its own defaults, and nothing else."""
@@ -147,6 +157,7 @@ __all__ = [
     "TransformerLayer",
     "TransformerLayerSubmodules",
     "check_megatron",
+    "forget_aux_losses",
     "get_bias_dropout_add",
     "get_cuda_rng_tracker",
     "get_mlp_module_spec_for_backend",

@@ -218,12 +218,17 @@ def apply_recipe(
     return applied
 
 
-def plan_table(sites: Sequence[LinearSite], recipe: Recipe, *, tokens: int | None = None, tp: int = 1) -> AppliedRecipe:
-    """The table without a model: rules, shapes and sizes are checked, no kernel is resolved."""
+def plan_table(
+    sites: Sequence[LinearSite], recipe: Recipe, *, tokens: int | None = None, tp: int = 1, cp: int = 1
+) -> AppliedRecipe:
+    """The table without a model: rules, shapes and sizes are checked, no kernel is resolved.
+
+    tokens   of one micro-batch on one context-parallel rank;  tp, cp   tensor- and context-parallel ranks
+    """
     assigned = assign(sites, recipe)
     for row in assigned.rows:
         for linear in recipe.variants(row.linear):
-            check_shapes(row.site, linear, tokens=tokens, tp=tp)
+            check_shapes(row.site, linear, tokens=tokens, tp=tp, cp=cp)
     return AppliedRecipe(recipe, Clock(), _rows(assigned, recipe, {}), assigned.remarks, (), BackendConfig())
 
 

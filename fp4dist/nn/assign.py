@@ -12,6 +12,7 @@ from functools import cached_property
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import SLOT_DIMS, Dim
 from fp4dist.nn.sites import LinearSite
+from fp4dist.spec.blocks import Quest, Sawb
 from fp4dist.spec.recipe import HIGH_PRECISION, SLOTS, LinearRecipe, Recipe, Rule
 
 UNMATCHED = "no rule matches"
@@ -82,7 +83,9 @@ def check_shapes(site: LinearSite, recipe: LinearRecipe, *, tokens: int | None, 
     tokens   tokens of one micro-batch on one context-parallel rank; None skips the wgrad check of T
     cp       context-parallel ranks: with more than one, a rank holds two separate pieces of the sequence
     """
-    tokens = None if site.role == "expert" else tokens  # the router decides it, and experts fill up their operands
+    if site.role == "expert":
+        tokens = None  # the router decides it, and experts fill up their operands
+        _check_filled(site, recipe)
     sizes: dict[Dim, int | None] = {"T": tokens, "O": site.out_features, "I": site.in_features}
     names = {"T": "tokens per micro-batch", "O": "output features", "I": "input features"}
     for slot in SLOTS:
@@ -102,6 +105,33 @@ def check_shapes(site: LinearSite, recipe: LinearRecipe, *, tokens: int | None, 
                     f" which {spec.label()} needs; change that size, use a smaller block or rotation,"
                     " or give this layer to bf16 with a rule"
                 )
+
+
+def token_multiple(recipe: LinearRecipe) -> int:
+    """What the number of tokens must be a multiple of for every slot of the recipe."""
+    needed = 1
+    for slot in SLOTS:
+        spec = recipe.slot(slot)
+        if spec is not None:
+            sizes = (spec.rows_multiple, spec.columns_multiple)
+            needed = math.lcm(needed, *(n for n, dim in zip(sizes, SLOT_DIMS[slot], strict=True) if dim == "T"))
+    return needed
+
+
+def _check_filled(site: LinearSite, recipe: LinearRecipe) -> None:
+    """Zero tokens, which fill up an expert's operands, must not count in the moments of a row or tensor."""
+    multiple = token_multiple(recipe)
+    for slot in SLOTS if multiple > 1 else ():
+        spec, dims = recipe.slot(slot), SLOT_DIMS[slot]
+        if spec is None or not isinstance(spec.rule, (Quest, Sawb)):
+            continue
+        whole = [dim for dim, size in zip(dims, spec.shape, strict=True) if size == 0]
+        if "T" in whole:
+            raise RecipeMismatch(
+                f"{site.path} {slot}: an expert's tokens are filled up with zeros to a multiple of {multiple}, and"
+                f" {spec.label()} would take them into the moments of a whole {'row' if len(whole) == 1 else 'tensor'};"
+                " use an absmax scale or a block of fixed size, or give experts to bf16 with a rule"
+            )
 
 
 def _reach(rule: Rule, index: int, sites: Sequence[LinearSite], num_layers: int, remarks: list[str]) -> set[str]:

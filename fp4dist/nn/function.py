@@ -7,7 +7,7 @@
 Kept between forward and backward is what the backward slots' sources ask for: packed codes for `requant` and `reuse`
 (0.5625 bytes an element), the high-precision tensor for `master` and bf16; under sequence parallelism this rank's part
 of either. A GEMM without quantized operands runs the very calls of Megatron-core's own linear, so that an all-bf16
-recipe gives its bits.
+recipe gives its bits (those that it gives without Apex's fused accumulation into `main_grad`, which is not used here).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fp4dist.nn.comm import LinearComm
 from fp4dist.nn.gather import TokenGather, Wait
@@ -63,6 +64,7 @@ class Fp4LinearFunction(torch.autograd.Function):
         return comm.reduce_y(y)
 
     @staticmethod
+    @once_differentiable  # the gradient of a rounded gradient would silently be wrong: autograd raises instead
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
         """Both gradients; noise is keyed by the step and micro-batch of this layer's forward."""
         plan, comm, weight = ctx.plan, ctx.comm, ctx.weight
@@ -79,7 +81,7 @@ class Fp4LinearFunction(torch.autograd.Function):
             finish_dx = comm.reduce_dx(dx) if dx is not None else None  # travels under wgrad's GEMM
             dw = _wgrad(plan, *operands) if operands is not None else None
         dx = finish_dx() if finish_dx is not None else None
-        return dx, _hand_over(weight, dw) if dw is not None else None, None, None, None
+        return dx, hand_over(weight, dw) if dw is not None else None, None, None, None
 
 
 def _leading(t: Tensor, comm: LinearComm, name: str) -> torch.Size:
@@ -110,7 +112,7 @@ def _wgrad(plan: LinearPlan, dy_OT: Operand, x_IT: Operand) -> Tensor:
     return plan.matmul("wgrad", dy_OT, x_IT)
 
 
-def _hand_over(weight: Tensor, dw: Tensor) -> Tensor:
+def hand_over(weight: Tensor, dw: Tensor) -> Tensor:
     """Give dW to autograd, or add it in fp32 to Megatron's `main_grad`.
 
     With `grad_added_to_main_grad` set, Megatron's gradient hook ignores the returned tensor but still has to fire; its

@@ -4,14 +4,14 @@ The tokens of all experts lie in one matrix, sorted by expert. Each expert is a 
 noise number, own amax, own scales; only the GEMMs are put together. An expert's number of tokens is whatever the router
 makes it, so every operand is filled up with zero tokens to what its blocks and rotation need; a zero token changes no
 amax, adds exactly nothing to dW where tokens are not rotated (and nothing but rounding of the others' rotation where
-they are), and is cut from Y and dX. An expert without tokens runs nothing, and its weight's gradient is zero.
+they are), and is cut from Y and dX. It does lower the moments (quest, sawb) of its block; where that is a whole row or
+tensor, `nn.assign.check_shapes` refuses it. An expert without tokens runs nothing, and its weight's gradient is zero.
 
 `expert_linear` is the same for one expert, in `function.py`'s GEMMs: what the grouped form is compared with.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fp4dist.kernels.registry import Kernel, grouped
-from fp4dist.nn.comm import SLOT_DIMS, LinearComm
-from fp4dist.nn.function import _hand_over as hand_over
-from fp4dist.nn.function import fp4_linear
+from fp4dist.nn.assign import token_multiple
+from fp4dist.nn.comm import LinearComm
+from fp4dist.nn.function import fp4_linear, hand_over
 from fp4dist.nn.plan import HIGH, LinearPlan, Operand
 from fp4dist.numerics.tensor import BlockScaledTensor
-from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe
+from fp4dist.spec.recipe import GEMMS
 
 Pair = tuple[Operand, Operand]
 
@@ -56,7 +57,8 @@ def expert_linear(x: Tensor, expert: Expert, part: TokenPart) -> Tensor:
     """[T, I] -> [T, O] for any T: the per-expert form."""
     plan, tokens = expert.plan, x.shape[0]
     if tokens == 0:
-        plan.tally.unneeded.update(GEMMS)
+        if torch.is_grad_enabled():
+            plan.tally.unneeded.update(GEMMS)
         return x.matmul(expert.weight.to(x.dtype).t())  # empty; backward gives the weight its zero gradient
     missing = -tokens % token_multiple(plan.recipe)
     if missing:
@@ -83,17 +85,6 @@ def grouped_linear(x: Tensor, experts: Sequence[Expert], counts: Sequence[int], 
     if full == list(counts):
         return y
     return torch.cat([rows[:count] for rows, count in zip(y.split(full), counts, strict=True)])
-
-
-def token_multiple(recipe: LinearRecipe) -> int:
-    """What the number of tokens must be a multiple of for every slot of the recipe."""
-    needed = 1
-    for slot in SLOTS:
-        spec = recipe.slot(slot)
-        if spec is not None:
-            sizes = (spec.rows_multiple, spec.columns_multiple)
-            needed = math.lcm(needed, *(n for n, dim in zip(sizes, SLOT_DIMS[slot], strict=True) if dim == "T"))
-    return needed
 
 
 @dataclass(slots=True)
@@ -129,7 +120,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         for e, product in _products(group, "fprop", operands, counted=training).items():
             y_parts[e].copy_(product)
         high = group.busy("fprop", high=True)
-        for e, product in _high_rows(x_parts, [w.to(x.dtype).t() for w in weights], high).items():
+        for e, product in _high_rows(x_parts, {e: weights[e].to(x.dtype).t() for e in high}).items():
             y_parts[e].copy_(product)
         if training:
             _count_high(group, "fprop", high, weights)
@@ -139,6 +130,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # as Fp4LinearFunction's
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """All gradients, each expert at the step and micro-batch of its forward."""
         group, weights = ctx.group, ctx.weights
@@ -174,7 +166,7 @@ def _dgrad(
     for e, product in _products(group, "dgrad", operands).items():
         dx_parts[e].copy_(product)
     high = group.busy("dgrad", high=True)
-    for e, product in _high_rows(dy_parts, [w.to(dy.dtype) for w in weights], high).items():
+    for e, product in _high_rows(dy_parts, {e: weights[e].to(dy.dtype) for e in high}).items():
         dx_parts[e].copy_(product)
     _count_high(group, "dgrad", high, weights)
     return dx
@@ -223,15 +215,15 @@ def _products(group: _Group, gemm: str, operands: dict[int, Pair], counted: bool
     return found
 
 
-def _high_rows(rows: Sequence[Tensor], matrices: Sequence[Tensor], members: Sequence[int]) -> dict[int, Tensor]:
+def _high_rows(rows: Sequence[Tensor], matrices: dict[int, Tensor]) -> dict[int, Tensor]:
     """rows[e] [T_e, K] times matrices[e] [K, N] in high precision."""
-    parts, chosen = [rows[e] for e in members], [matrices[e] for e in members]
-    if not members:
+    parts, chosen = [rows[e] for e in matrices], list(matrices.values())
+    if not matrices:
         return {}
     if fits_grouped_mm(parts[0], chosen[0]):
         product = torch.nn.functional.grouped_mm(torch.cat(parts), torch.stack(chosen), offs=_ends(parts))
-        return dict(zip(members, product.split([len(part) for part in parts]), strict=True))
-    return {e: part.matmul(matrix) for e, part, matrix in zip(members, parts, chosen, strict=True)}
+        return dict(zip(matrices, product.split([len(part) for part in parts]), strict=True))
+    return {e: part.matmul(matrix) for e, part, matrix in zip(matrices, parts, chosen, strict=True)}
 
 
 def _high_weights(dys: Sequence[Tensor], xs: Sequence[Tensor], members: Sequence[int]) -> dict[int, Tensor]:

@@ -26,7 +26,7 @@ FP4, FP8, MIXED, HIGH = "fp4", "fp8", "mixed", "bf16"  # both operands of 4 bits
 
 @dataclass(slots=True)
 class Tally:
-    """GEMM calls and FLOPs (2 T I O of this rank) by (gemm, kind)."""
+    """GEMM calls and FLOPs (2 T I O of this rank for each) by (gemm, kind)."""
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     flops: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -35,10 +35,10 @@ class Tally:
     gathered_bytes: int = 0  # that this rank received in sequence-parallel gathers, the amax reductions left out
     gathered_bytes_high: int = 0  # what they would have been in high precision
 
-    def add(self, gemm: str, kind: str, flops: int) -> None:
-        """Count one GEMM."""
-        self.calls[gemm, kind] += 1
-        self.flops[gemm, kind] += flops
+    def add(self, gemm: str, kind: str, flops: int, times: int = 1) -> None:
+        """Count a GEMM of `flops` that runs `times` times."""
+        self.calls[gemm, kind] += times
+        self.flops[gemm, kind] += times * flops
 
     def add_gather(self, slot: str, how: str, received: int, received_high: int) -> None:
         """Count one gather of an operand over the ranks that share the tokens; both sizes in bytes."""
@@ -134,8 +134,8 @@ class LinearPlan:
         return self.kernels[gemm](a, b)
 
     def count(self, gemm: str, m: int, n: int, k: int) -> None:
-        """Count one GEMM of 2 m n k FLOPs."""
-        self.tally.add(gemm, self.kind(gemm), 2 * m * n * k)
+        """Count a GEMM of 2 m n k FLOPs, once for each sample of an operand."""
+        self.tally.add(gemm, self.kind(gemm), 2 * m * n * k, self.recipe.repeats(gemm))
 
     def drop_cache(self) -> None:
         """Forget the quantized weight."""
@@ -150,11 +150,12 @@ class LinearPlan:
             ("rows", shape[0], spec.rows_multiple, key.row_runs),
             ("columns", shape[1], spec.columns_multiple, key.column_runs),
         ):
-            if len(runs) > 1 and size % (multiple * len(runs)):
+            if size % (multiple * len(runs)):
+                several = f"are {len(runs)} separate runs of the whole, each of which " if len(runs) > 1 else ""
+                way_out = "tokens of a micro-batch, or parallel.cp" if several else "tokens of a micro-batch"
                 raise RecipeMismatch(
-                    f"{self.path} {slot}: this rank's {size} {name} are {len(runs)} separate runs of the whole, each of"
-                    f" which must be a multiple of {multiple} for {spec.label()}; change that size (tokens of a"
-                    " micro-batch, or parallel.cp), or give this layer to bf16 with a rule"
+                    f"{self.path} {slot}: this rank's {size} {name} {several}must be a multiple of {multiple} for"
+                    f" {spec.label()}; change that size ({way_out}), or give this layer to bf16 with a rule"
                 )
         reduce_max = comm.reduce_max(slot, token_shard) if spec.amax_scope == "tensor" else None
         return self.kernels[slot](source, spec, key, reduce_max)

@@ -51,12 +51,15 @@ class LinearRow:
 def fp4_share(rows: Sequence[LinearRow]) -> float:
     """Share of the FLOPs of block linears (heads and routers excluded) that run in FP4, both operands quantized.
 
-    A model without known roles counts all of its linears.
+    A model without known roles counts all of its linears. A GEMM counts as often as it runs: once a sample.
     """
     counted = [r for r in rows if r.site.role in BLOCK_ROLES] or list(rows)
-    cost = {r.site.path: r.site.token_share * r.site.in_features * r.site.out_features for r in counted}
-    total = sum(len(GEMMS) * cost[r.site.path] for r in counted)
-    fp4 = sum(sum(map(r.recipe.gemm_is_fp4, GEMMS)) * cost[r.site.path] for r in counted)
+    total = fp4 = 0.0
+    for row in counted:
+        cost = row.site.token_share * row.site.in_features * row.site.out_features
+        runs = {gemm: row.recipe.repeats(gemm) for gemm in GEMMS}
+        total += cost * sum(runs.values())
+        fp4 += cost * sum(n for gemm, n in runs.items() if row.recipe.gemm_is_fp4(gemm))
     return fp4 / total if total else 0.0
 
 
@@ -107,6 +110,8 @@ def _group_lines(members: Sequence[LinearRow]) -> list[str]:
             gather = f" gather: {row.gather[slot]}" if slot in row.gather else ""
             texts.append(f"{slot.split('.')[1]}: {spec.label() if spec else 'bf16'}{backend}{gather}")
         matmul = f"  gemm <{row.kernels[gemm]}>" if gemm in row.kernels else ""
+        if row.recipe.repeats(gemm) > 1:
+            matmul += f"  run {row.recipe.repeats(gemm)} times"
         lines.append(f"      {gemm}  {'  |  '.join(texts)}{matmul}")
     return lines
 

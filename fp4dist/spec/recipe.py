@@ -113,6 +113,10 @@ class LinearRecipe:
         specs = [self.slot(s) for s in SLOTS if s.startswith(gemm)]
         return all(spec is not None and spec.is_fp4 for spec in specs)
 
+    def repeats(self, gemm: str) -> int:
+        """How often `gemm` runs: once for each of an operand's samples."""
+        return max(spec.samples if (spec := self.slot(s)) is not None else 1 for s in SLOTS if s.startswith(gemm))
+
     @property
     def is_high_precision(self) -> bool:
         """Whether no slot is quantized."""

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -124,7 +126,8 @@ class MegatronEngine:
             parts = self._optimizer.chained_optimizers
             saved = state["optimizer"]
             for i, part in enumerate(parts):
-                _restore_part(part, saved if len(parts) == 1 else saved[i])
+                if part.buffers:  # else it stands for the experts of other pipeline stages
+                    _restore_part(part, saved if len(parts) == 1 else saved[i])
         optim.restore_settings(self._optimizer.param_groups, own)
         if same_layout:
             restore_random_states(state["random"])
@@ -169,19 +172,47 @@ class MegatronEngine:
             for key, chunk in self._keyed_chunks()
         }
         model = state["model"] if len(self._chunks) == 1 else dict(state)
-        state["optimizer"] = self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        state["optimizer"] = self._sharded_optimizer(model, is_loading=is_loading, metadata=metadata)
         if with_random:
             state["random"] = self._sharded_random_states()
         return state
 
+    def _sharded_optimizer(
+        self, model: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]
+    ) -> dict[Any, Any]:
+        """ChainedOptimizer.sharded_state_dict, with its keys, also on a pipeline stage that holds no experts.
+
+        There the optimizer of experts has no state and Megatron's state_dict() asserts that it has. It still gives its
+        groups, which Megatron makes equal on all ranks: what is not sharded is saved by rank 0 for all.
+        """
+        parts = self._optimizer.chained_optimizers
+        if len(parts) == 1:
+            return parts[0].sharded_state_dict(model, is_loading, metadata=metadata)
+        states: dict[Any, Any] = {}
+        for i, part in enumerate(parts):
+            if part.buffers:
+                states[i] = part.sharded_state_dict(model, is_loading, metadata=metadata)
+                add_prefix_for_sharding(states[i], f"chained_{i}.")
+        steps = [g["step"] for state in states.values() for g in state["optimizer"]["param_groups"] if "step" in g]
+        for i in set(range(len(parts))) - set(states):
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in parts[i].optimizer.param_groups]
+            states[i] = {
+                "optimizer": {"param_groups": [g | ({"step": steps[0]} if steps else {}) for g in groups]},
+                "param_state_sharding_type": metadata["distrib_optim_sharding_type"],
+            }
+        return states
+
     def _sharded_random_states(self) -> ShardedObject:
-        """This rank's generators; those of ranks with the same part of the model are taken to be the same."""
+        """This rank's generators. Those of ranks with the same part of the model are taken to be the same; which part
+        of the experts a rank has does not follow from its other coordinates, so with ep every rank has its own.
+        """
         p = self.config.parallel
-        shape = (p.pp, p.tp, p.ep) if p.ep > 1 else (p.pp, p.tp)
+        shape: tuple[int, ...] = (p.pp, p.tp)
+        place: tuple[int, ...]
         place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         if p.ep > 1:
-            place, replica = (*place, parallel_state.get_expert_model_parallel_rank()), replica // p.ep
+            shape, place, replica = (*shape, dist.get_world_size(replicas())), (*place, replica), 0
         return ShardedObject("random", random_states(), shape, place, replica_id=replica)
 
 

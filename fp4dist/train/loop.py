@@ -91,7 +91,8 @@ def dry_run(config: RunConfig) -> str:
     config = resolve_dtype(config)
     dp = check_sizes(config, env.world_size())
     model, size = config.model, _DTYPES[config.train.dtype].itemsize
-    table = plan_table(gpt_sites(model), config.recipe, tokens=_tokens(config), tp=config.parallel.tp).table()
+    tp, cp = config.parallel.tp, config.parallel.cp
+    table = plan_table(gpt_sites(model), config.recipe, tokens=_tokens(config), tp=tp, cp=cp).table()
     needed = memory.estimate(config, dp, element=size)
     return "\n".join(
         [
@@ -222,6 +223,8 @@ class _Training:
         p, m = self.config.parallel, start.manifest
         assert self.engine is not None
         same = (m.tp, m.pp, m.ep) == (p.tp, p.pp, p.ep)
+        if p.ep > 1:  # ranks have random states of their own
+            same = same and (m.dp, m.cp) == (self.world.dp_size, p.cp)
         self.engine.load(start.folder / checkpoint.STATE, step=m.step, same_layout=same)
         self.applied.drop_caches()
         log.info("continuing from %s: step %d of %d", start.folder, m.step, self.config.train.steps)

@@ -7,8 +7,11 @@ on top (1 to 3 GB on a GPU), and FP4 codes kept for backward make the activation
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
+from fp4dist.megatron.coded_bucket import why_whole
 from fp4dist.megatron.sites import count_parameters, gpt_sites
+from fp4dist.nn.assign import assign
 from fp4dist.spec.recipe import BLOCK_ROLES
 from fp4dist.spec.run import ModelConfig, RunConfig
 
@@ -20,6 +23,7 @@ class MemoryEstimate:
     """Bytes of one rank (the fullest pipeline stage).
 
     parameters    number of parameters that this rank holds
+    codes         what engine.fp4_param_gather keeps beside the weights: half a byte an element and one a block
     """
 
     parameters: int
@@ -28,11 +32,12 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
+    codes: int = 0
 
     @property
     def total(self) -> int:
         """All buffers."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return sum(size for _, size in self.largest())
 
     def table(self) -> str:
         """One line a buffer, the largest first."""
@@ -42,7 +47,7 @@ class MemoryEstimate:
 
     def largest(self) -> list[tuple[str, int]]:
         """(buffer, bytes), the largest first."""
-        names = ("weights", "gradients", "optimizer", "activations", "logits")
+        names = ("weights", "gradients", "optimizer", "activations", "logits", *(("codes",) if self.codes else ()))
         return sorted(((n, getattr(self, n)) for n in names), key=lambda item: -item[1])
 
 
@@ -59,11 +64,12 @@ def estimate(config: RunConfig, dp: int, *, element: int) -> MemoryEstimate:
     dense, experts = _parameters_per_rank(config)
     p, count = config.parallel, dense + experts
     per_stage = p.tp * p.cp * dp
+    expert_copies = max(1, per_stage // p.ep)  # experts are not cut by tp
     weights, gradients, optimizer = (
         a + b
         for a, b in zip(
             _states(config, dense, dp * p.cp, element),
-            _states(config, experts, max(1, per_stage // p.ep), element),  # experts are not cut by tp
+            _states(config, experts, expert_copies, element),
             strict=True,
         )
     )
@@ -74,6 +80,7 @@ def estimate(config: RunConfig, dp: int, *, element: int) -> MemoryEstimate:
         optimizer=optimizer,
         activations=_activations(config, element),
         logits=_logits(config, element),
+        codes=_codes(config, dp * p.cp, expert_copies) if config.engine.fp4_param_gather else 0,
     )
 
 
@@ -115,6 +122,19 @@ def _states(config: RunConfig, count: int, dp: int, element: int) -> tuple[int, 
         _FP32 * count // (dp if stage >= 2 else 1),
         moments // (dp if stage >= 1 else 1),
     )
+
+
+def _codes(config: RunConfig, copies: int, expert_copies: int) -> int:
+    """Bytes of the weights that ranks with equal parts of the model know of each other as codes."""
+    p, total = config.parallel, 0.0
+    for row in assign(gpt_sites(config.model), config.recipe).rows:
+        recipe, is_expert = config.recipe.linear(row.linear), row.site.role == "expert"
+        spec = recipe.fprop.w
+        if spec is None or why_whole(recipe) is not None or (expert_copies if is_expert else copies) == 1:
+            continue
+        ranks = p.pp * (p.ep if is_expert else p.tp) if row.site.role in BLOCK_ROLES else p.tp
+        total += row.site.in_features * row.site.out_features * (1 / 2 + 1 / prod(spec.shape)) / ranks
+    return int(total)
 
 
 def _activations(config: RunConfig, element: int) -> int:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from fp4dist import env
 from fp4dist.errors import ConfigError, Fp4DistError
 from fp4dist.megatron.cpu import install_cpu_shims
-from fp4dist.megatron.upstream import model_parallel_cuda_manual_seed, parallel_state
+from fp4dist.megatron.upstream import forget_aux_losses, model_parallel_cuda_manual_seed, parallel_state
 from fp4dist.spec.run import RunConfig
 
 T = TypeVar("T")
@@ -149,8 +149,8 @@ def _device(config: RunConfig) -> torch.device:
 
 
 def _use_deterministic_kernels() -> None:
-    """Of attention only flash (its backward can be told) and plain math stay: the others add with atomics."""
-    env.fix_blas_workspace()
+    """Of torch's attention only flash (its backward can be told) and plain math stay: the others add with atomics."""
+    env.ask_for_deterministic_kernels()
     torch.use_deterministic_algorithms(True)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -197,5 +197,6 @@ def _megatron_groups(config: RunConfig, device: torch.device, dp: int) -> World:
 
 def _close(mine: bool) -> None:
     parallel_state.destroy_model_parallel()
+    forget_aux_losses()
     if mine and dist.is_initialized():
         dist.destroy_process_group()

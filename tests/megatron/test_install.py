@@ -227,6 +227,7 @@ def refusals() -> None:
     model = stock_model(stock_config())
     for name, value in {
         "fp4": "e2m1",
+        "fp8": "hybrid",
         "cuda_graph_impl": "local",
         "mtp_num_layers": 1,
         "overlap_moe_expert_parallel_comm": True,

@@ -20,21 +20,21 @@ from fp4dist.spec.run import (
 )
 
 VOCAB, SEQUENCE = 96, 32
+MODEL: dict[str, Any] = dict(  # also of tests/train, with other vocabularies
+    name="tiny",
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=VOCAB,
+    seq_length=SEQUENCE,
+)
 
 
 def tiny_model(**changes: Any) -> ModelConfig:
     """Two layers of grouped-query attention; any field can be changed."""
-    fields: dict[str, Any] = dict(
-        name="tiny",
-        num_layers=2,
-        hidden_size=64,
-        ffn_hidden_size=128,
-        num_attention_heads=4,
-        num_query_groups=2,
-        vocab_size=VOCAB,
-        seq_length=SEQUENCE,
-    )
-    return ModelConfig(**(fields | changes))
+    return ModelConfig(**(MODEL | changes))
 
 
 def tiny_experts(**changes: Any) -> dict[str, Any]:

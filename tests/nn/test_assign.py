@@ -9,8 +9,10 @@ import pytest
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.assign import assign, check_shapes, describe
 from fp4dist.nn.sites import LinearSite, layer_of, role_of
+from fp4dist.spec.blocks import Sawb
+from fp4dist.spec.formats import INT4_TENSOR
 from fp4dist.spec.load import load_recipe
-from fp4dist.spec.recipe import Dgrad, Fprop, LinearRecipe, Recipe, Rule, Wgrad
+from fp4dist.spec.recipe import Dgrad, Fprop, LinearRecipe, QuantSpec, Recipe, Rule, Wgrad
 from tests.generators import spec
 from tests.tiny_llama import make_sites
 
@@ -213,6 +215,20 @@ def test_sizes_that_do_not_divide(name: str, where: LinearSite, tokens: int, tp:
 )
 def test_sizes_that_divide(name: str, where: LinearSite, tokens: int | None, tp: int) -> None:
     check_shapes(where, SHAPES[name], tokens=tokens, tp=tp)
+
+
+def test_moments_of_an_experts_row_or_tensor_are_refused() -> None:
+    """Zero tokens fill up an expert's operands and would count in them."""
+    luq = load_recipe("luq")
+    (expert, dense) = sites("layers.0.experts.local_experts.3.linear_fc1", "layers.0.mlp.linear_fc1")
+    check_shapes(dense, luq.linears["fp4"], tokens=None, tp=1)
+    check_shapes(expert, luq.linears["weights_only"], tokens=None, tp=1)  # no operand with tokens is quantized
+    with pytest.raises(RecipeMismatch, match=r"experts\.3\.linear_fc1 fprop\.x: .* multiple of 8, .* a whole tensor"):
+        check_shapes(expert, luq.linears["fp4"], tokens=None, tp=1)
+    rows = QuantSpec(format=INT4_TENSOR, scale=Sawb(), block="row")
+    check_shapes(expert, LinearRecipe(fprop=Fprop(x=rows)), tokens=None, tp=1)  # a row of x is one token
+    with pytest.raises(RecipeMismatch, match=r"wgrad\.x: .* a whole row; use an absmax scale"):
+        check_shapes(expert, LinearRecipe(wgrad=Wgrad(x=rows)), tokens=None, tp=1)
 
 
 def test_stacked_matrices_must_divide_one_by_one_under_tensor_parallelism() -> None:

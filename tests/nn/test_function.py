@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.clock import Clock
 from fp4dist.nn.comm import NoComm
 from fp4dist.nn.function import fp4_linear
@@ -304,6 +305,31 @@ def test_main_grad_is_left_alone_where_megatron_adds_it_itself() -> None:
     assert not plain.main_grad.any()  # type: ignore[attr-defined]
 
 
+def test_a_second_derivative_is_refused() -> None:
+    x, w, dy = tensors()
+    y = fp4_linear(x.requires_grad_(), w.requires_grad_(), make_plan(SHIPPED["quartet2:fp4"]), NoComm())
+    (dx,) = torch.autograd.grad(y, x, dy.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["nvidia_nvfp4:fp4", "quartet2:fp4"])
+def test_a_retained_graph_gives_the_same_gradient_again(name: str) -> None:
+    whole, (x, w, dy) = run_linear(SHIPPED[name]), tensors()
+    weight = torch.nn.Parameter(w)
+    y = fp4_linear(x.requires_grad_(), weight, make_plan(SHIPPED[name]), NoComm())
+    for _ in range(2):
+        x.grad = weight.grad = None
+        y.backward(dy, retain_graph=True)
+        assert x.grad is not None
+        assert weight.grad is not None
+        assert torch.equal(x.grad, whole.dx)
+        assert torch.equal(weight.grad, whole.dw)
+    y.backward(dy)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward(dy)
+
+
 # ---------- noise
 
 
@@ -462,6 +488,10 @@ def test_every_gemm_is_counted() -> None:
     plan = make_plan(SHIPPED["quartet2:fp4"])
     fp4_linear(x, w, plan, NoComm()).backward(dy)
     assert dict(plan.tally.calls) == {(gemm, "fp4"): 1 for gemm in GEMMS}
+    plan = make_plan(SHIPPED["luq:fp4"])  # averages two samples of dY in wgrad
+    fp4_linear(x, w, plan, NoComm()).backward(dy)
+    assert dict(plan.tally.calls) == {("fprop", "fp4"): 1, ("dgrad", "fp4"): 1, ("wgrad", "fp4"): 2}
+    assert plan.tally.flops["wgrad", "fp4"] == 2 * plan.tally.flops["dgrad", "fp4"]
 
 
 def test_autocast_does_not_reach_the_arithmetic() -> None:
@@ -487,6 +517,15 @@ def test_nan_reaches_the_gradients() -> None:
     assert y.isnan().all()
     assert w.grad is not None
     assert w.grad.isnan().all()
+
+
+def test_tokens_that_do_not_divide_are_named() -> None:
+    """A last batch that is smaller, or a plain expert's tokens: the error names the layer and the slot."""
+    x, w, _ = tensors()
+    plan = make_plan(SHIPPED["nvidia_nvfp4:fp4"])
+    y = fp4_linear(x[:40], w.requires_grad_(), plan, NoComm())
+    with pytest.raises(RecipeMismatch, match=r"fc1 wgrad\.dy: this rank's 40 columns must be a multiple of 16"):
+        y.sum().backward()
 
 
 def test_other_dtypes_are_refused() -> None:

@@ -248,6 +248,27 @@ def test_evaluation_keeps_and_counts_nothing() -> None:
     assert not plan.tally.calls
 
 
+@pytest.mark.parametrize("how", ["loop", "grouped"])
+def test_an_evaluation_without_tokens_excuses_no_gemm(how: str) -> None:
+    """What `check_counts` lets a training step leave out must come from training."""
+    plan = plans([LINEARS["nvidia_nvfp4-fp4"]])[0]
+    expert = Expert(torch.nn.Parameter(normal(OUTPUTS, INPUTS)), plan, NoComm())
+    with torch.no_grad():
+        x = normal(0, INPUTS)
+        y = expert_linear(x, expert, WHOLE) if how == "loop" else grouped_linear(x, [expert], [0], WHOLE)
+    assert y.shape == (0, OUTPUTS)
+    assert not plan.tally.unneeded
+
+
+def test_a_second_derivative_is_refused() -> None:
+    plan = plans([LINEARS["nvidia_nvfp4-fp4"]])[0]
+    expert = Expert(torch.nn.Parameter(normal(OUTPUTS, INPUTS)), plan, NoComm())
+    x, dy = normal(20, INPUTS).requires_grad_(), normal(20, OUTPUTS, seed=2).requires_grad_()
+    (dx,) = torch.autograd.grad(grouped_linear(x, [expert], [20], WHOLE), x, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 def test_a_backend_without_a_grouped_gemm_is_called_for_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_KERNELS", {})
     matmul = Kernel("matmul", "triton", lambda a, b: (a, b), lambda request: None)

@@ -72,6 +72,18 @@ def test_large_layers_weigh_more() -> None:
     assert fp4_share(rows) == pytest.approx(2 * 256 / (4 * 128 + 3 * 256))  # the head is no block linear
 
 
+def test_a_gemm_counts_once_a_sample() -> None:
+    """LUQ averages two samples of dY in wgrad, here times an X in bf16: half of the four GEMMs run in FP4."""
+    linear = load_recipe("luq").linears["fp4"]
+    linear = replace(linear, wgrad=replace(linear.wgrad, x=None))
+    recipe = Recipe(name="r", linears={"fp4": linear}, rules=(Rule(path="*", linear="fp4"),))
+    table = plan_table(make_sites(1), recipe)
+    assert table.to_json()["fp4_share_of_block_linear_flops"] == 0.5
+    lines = [line for line in table.table().splitlines() if "run 2 times" in line]
+    assert lines
+    assert all(line.strip().startswith("wgrad") for line in lines)
+
+
 def test_a_model_without_roles_counts_all_of_its_linears() -> None:
     sites = [LinearSite(path=f"net.{i}", role="", layer=None, in_features=128, out_features=128) for i in range(4)]
     linear = load_recipe("quartet2").linears["fp4"]

@@ -15,12 +15,10 @@ import torch.distributed as dist
 
 from fp4dist.errors import CheckpointError, ConfigError, Fp4DistError
 from fp4dist.nn import function
-from fp4dist.spec.run import RunConfig
-from fp4dist.train import loop
 from fp4dist.train.world import open_world
 from tests.distributed import run_ranks
 from tests.train.test_engines import EXPECTED, assert_same_training, build, interrupted_and_whole, skip_behaviour
-from tests.train.tiny_run import FP4, curve, losses, metrics, tiny_run, write_counting_tokens
+from tests.train.tiny_run import FP4, curve, losses, metrics, run_without_picture, tiny_run, write_counting_tokens
 
 pytestmark = pytest.mark.distributed
 Overrides = tuple[str, ...]
@@ -37,13 +35,6 @@ def zero(stage: int, *settings: str) -> Overrides:
     return ("engine.kind=deepspeed", f"engine.zero_stage={stage}", *(f"engine.deepspeed.{s}" for s in settings))
 
 
-def run(config: RunConfig) -> loop.RunSummary:
-    """loop.run without its picture, which takes longer than the training of a tiny model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_curves", lambda *_: None)
-        return loop.run(config)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
     return str(write_counting_tokens(tmp_path))
@@ -57,7 +48,7 @@ def train_all(folder: str, cases: dict[str, Overrides]) -> dict[str, Any]:
     results = {}
     for name, overrides in cases.items():
         config = tiny_run(Path(folder), *SHORT, *overrides, name=name)
-        summary = run(config)
+        summary = run_without_picture(config)
         dist.barrier()  # rank 0 has written the metrics that all read
         norms = [line["grad_norm"] for line in metrics(config) if "loss" in line]
         results[name] = (losses(config), norms, [v for _, v in summary.val_losses])
@@ -159,7 +150,7 @@ def test_resume_is_exact_under_a_pipeline(folder: str) -> None:
 
 def train_three_steps(folder: str, cases: dict[str, Overrides]) -> None:
     for name, overrides in cases.items():
-        run(tiny_run(Path(folder), *overrides, "train.stop_after=3", name=name))
+        run_without_picture(tiny_run(Path(folder), *overrides, "train.stop_after=3", name=name))
 
 
 def convert(folder: str, names: Sequence[str]) -> None:
@@ -187,12 +178,12 @@ def convert_and_continue(
     for name, (source, overrides) in cases.items():
         start = (f"checkpoint.load={folder}/{source}/checkpoints/step_00000003", "checkpoint.trusted=true")
         config = tiny_run(Path(folder), *overrides, *start, name=f"{name}_continued")
-        run(config)
+        run_without_picture(config)
         dist.barrier()
         curves[name] = curve(config, ("step", "loss", "val_loss"))
     for name, overrides in wholes.items():
         config = tiny_run(Path(folder), *overrides, name=name)
-        run(config)
+        run_without_picture(config)
         dist.barrier()
         curves[name] = curve(config, ("step", "loss", "val_loss"))
     return curves
@@ -249,7 +240,7 @@ def refusals_to_load(folder: str) -> dict[str, str]:
     for name, overrides in {"stage": zero(2), "layout": (*zero(1), "parallel.tp=2")}.items():
         start = (f"checkpoint.load={folder}/one/checkpoints/step_00000003", "checkpoint.trusted=true")
         try:
-            run(tiny_run(Path(folder), *overrides, *start, name=name))
+            run_without_picture(tiny_run(Path(folder), *overrides, *start, name=name))
         except CheckpointError as e:
             messages[name] = str(e)
     return messages
@@ -277,14 +268,14 @@ def fp32_gradients(folder: str, cases: dict[str, Overrides]) -> dict[str, tuple[
         given: dict[Any, list[torch.Tensor]] = {}
         with open_world(config) as world, pytest.MonkeyPatch.context() as patch:
             engine, applied, batches = build(config, world)
-            original = function._hand_over
+            original = function.hand_over
 
             def recording(weight: Any, dw: torch.Tensor, _to: Any = given, _f: Any = original) -> Any:
                 if dw.dtype == torch.float32:
                     _to.setdefault(weight, []).append(dw.clone())
                 return _f(weight, dw)
 
-            patch.setattr(function, "_hand_over", recording)
+            patch.setattr(function, "hand_over", recording)
             wrong: list[str] = []
 
             def compare(_: bool, _given: Any = given, _wrong: Any = wrong) -> tuple[float, bool]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from fp4dist.megatron.sites import gpt_sites
-from fp4dist.train import loop
+from fp4dist.train import engine_megatron, loop
 from tests.distributed import run_ranks
-from tests.train.tiny_run import FP4, losses, metrics, tiny_run, write_counting_tokens
+from tests.train.tiny_run import FP4, losses, metrics, run_without_picture, tiny_run, write_counting_tokens
 
 pytestmark = pytest.mark.distributed
 
@@ -28,6 +29,9 @@ TWO = {
     # Megatron's own attention has context parallelism only in Transformer Engine: "stock" has SdpaAttention here, too
     "cp2": ("parallel.cp=2",),
 }
+BLOCKS = (  # sizes that blocks and rotations of 128 divide
+    "model.hidden_size=128", "model.num_query_groups=4", "model.seq_length=64", "train.global_batch_size=8",
+)  # fmt: skip
 EXPERTS = (
     "model.moe={num_experts: 4, top_k: 2, ffn_hidden_size: 64, shared_ffn_hidden_size: 64}",
     "model.num_layers=2",
@@ -59,7 +63,7 @@ def train(folder: str, name: str, overrides: tuple[str, ...], *, stock: bool = F
             patch.setattr(loop, "build_chunks", partial(loop.build_chunks, linears="megatron"))
             apply = loop.apply_recipe
             patch.setattr(loop, "apply_recipe", lambda *a, **k: apply(*a, **(k | {"sites": gpt_sites(config.model)})))
-        summary = loop.run(config)
+        summary = run_without_picture(config)
     dist.barrier()  # rank 0 has written the metrics that all read
     norms = [line["grad_norm"] for line in metrics(config) if "loss" in line]
     return losses(config), norms, [loss for _, loss in summary.val_losses]
@@ -101,6 +105,45 @@ def test_four_ranks_train_as_stock_megatron_and_as_one_process(folder: str) -> N
         assert_close(ours, alone["tied" if "tied" in name else "one"], 1e-5, name)
 
 
+# -- overlapped gathers
+
+MANY_BUCKETS = 4096  # elements of a bucket: every few parameters have one, where Megatron's default is one for all
+
+
+def overlapped_and_not(folder: str) -> tuple[list[Found], list[tuple[int, int]]]:
+    """(runs without and with overlap, bucket groups of each run: those of all ranks' parameters, those of experts)."""
+    settings, groups = engine_megatron.DistributedDataParallelConfig, []
+
+    class Counted(engine_megatron.DistributedDataParallel):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            groups.append((len(self.bucket_groups), len(self.expert_parallel_bucket_groups)))
+
+    # without clipping: the buckets decide in which order the norm is summed, hence by what gradients would be scaled
+    experts = (*DEEP, *EXPERTS, *BLOCKS, f"recipe={FP4}", "optim.clip_grad=0", "train.steps=3", "train.eval_every=3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_megatron, "DistributedDataParallel", Counted)
+        patch.setattr(engine_megatron, "DistributedDataParallelConfig", partial(settings, bucket_size=MANY_BUCKETS))
+        runs = [
+            train(folder, f"overlap_{overlap}", (*experts, f"engine.overlap={overlap}"))
+            for overlap in ("false", "true")
+        ]
+    return runs, groups
+
+
+def test_overlapped_gathers_bring_weights_that_grouped_experts_read(folder: str) -> None:
+    """No weight is read before its bucket has arrived, also none of a linear that is not called for its product."""
+    first, second = run_ranks(overlapped_and_not, 2, folder, timeout=300)
+    assert first == second
+    (plain, overlapped), (_, (dense, of_experts)) = first
+    assert dense > 1
+    assert of_experts > 1
+    (losses_, norms, validation), (expected, expected_norms, expected_validation) = overlapped, plain
+    assert losses_ == expected
+    assert validation == expected_validation
+    assert norms == pytest.approx(expected_norms, rel=1e-6)
+
+
 # -- FP4
 
 WIDE = (  # sizes that every block and rotation divides on each of two ranks, also in both of its pieces of the samples
@@ -119,12 +162,12 @@ def in_fp4(folder: str, layouts: dict[str, tuple[str, ...]]) -> dict[tuple[str, 
 
 
 def test_fp4_losses_do_not_depend_on_the_layout(folder: str) -> None:
-    """Pipelines and replicas give the numbers of one process; splits of a GEMM sum in another order, which flips codes.
+    """Pipelines give the numbers of one process; splits of a GEMM sum in another order, which flips codes.
 
     A flipped code re-rolls the rounding of what depends on it, and Adam's first steps follow the gradient's sign; so
     those are compared with an eps under which an update is as small as its gradient.
     """
-    layouts = {name: TWO[name] for name in ("tp2sp", "vpp", "cp2", "dp2")}
+    layouts = {name: TWO[name] for name in ("tp2sp", "vpp", "cp2")}
     (alone,) = run_ranks(in_fp4, 1, folder, {"one": ()}, timeout=300)
     first, second = run_ranks(in_fp4, 2, folder, layouts, timeout=300)
     assert first == second
@@ -137,9 +180,6 @@ def test_fp4_losses_do_not_depend_on_the_layout(folder: str) -> None:
 
 # -- recomputation
 
-BLOCKS = (  # sizes that blocks and rotations of 128 divide
-    "model.hidden_size=128", "model.num_query_groups=4", "model.seq_length=64", "train.global_batch_size=8",
-)  # fmt: skip
 FULL, SELECTIVE = ("train.recompute=full",), ("train.recompute=selective", "train.recompute_modules=[mlp,core_attn]")
 
 
@@ -168,6 +208,8 @@ def test_recomputation_changes_no_bit(folder: str) -> None:
 
 # -- checkpoints
 
+# the first of two pipeline stages has none of them
+LATE_EXPERTS = ("model.moe={num_experts: 4, top_k: 2, ffn_hidden_size: 64, first_dense_layers: 2}",)
 MOVES = {  # from -> to; the names say which weights meet which layout
     "tp2_pp2": (TWO["tp2"], TWO["pp2"]),
     "tp2sp_vpp": (TWO["tp2sp"], TWO["vpp"]),
@@ -175,6 +217,8 @@ MOVES = {  # from -> to; the names say which weights meet which layout
     "cp2_tp2": (TWO["cp2"], TWO["tp2"]),
     "experts_ep2_dp2": ((*EXPERTS, "parallel.ep=2"), EXPERTS),
     "experts_dp2_ep2_loop": (EXPERTS, TWO_WITH_EXPERTS["ep2_loop"]),
+    "late_pp2_dp2": ((*LATE_EXPERTS, *TWO["pp2"]), LATE_EXPERTS),
+    "late_dp2_pp2": (LATE_EXPERTS, (*LATE_EXPERTS, *TWO["pp2"])),
 }
 
 
@@ -189,9 +233,23 @@ def stop_and_move(folder: str) -> dict[str, list[float]]:
 
 
 def test_checkpoints_move_between_layouts(folder: str) -> None:
-    (whole,) = run_ranks(one_process, 1, folder, {"one": (), "experts": EXPERTS}, timeout=300)
+    models = {"one": (), "experts": EXPERTS, "late": LATE_EXPERTS}
+    (whole,) = run_ranks(one_process, 1, folder, models, timeout=300)
     first, second = run_ranks(stop_and_move, 2, folder, timeout=400)
     assert first == second
     for name, losses_ in first.items():
-        expected = whole["experts" if name.startswith("experts") else "one"][0]
+        expected = whole[name.partition("_")[0] if name.startswith(("experts", "late")) else "one"][0]
         assert losses_ == pytest.approx(expected[2:], rel=1e-5), name
+
+
+def stop_and_go_on(folder: str) -> tuple[list[float], list[float]]:
+    """Losses of a run and of one that stopped and went on, where no rank's random states are another's."""
+    layout = (*DEEP, *EXPERTS, "parallel.ep=2", *TWO["tp2sp"])
+    train(folder, "stopped", (*layout, "train.stop_after=2"))
+    return train(folder, "whole", layout)[0], train(folder, "stopped", layout)[0]
+
+
+def test_a_checkpoint_of_experts_beside_tensor_parallelism_resumes(folder: str) -> None:
+    for whole, resumed in run_ranks(stop_and_go_on, 4, folder, timeout=300):
+        assert len(whole) == 5
+        assert resumed == whole

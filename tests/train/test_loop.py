@@ -19,7 +19,7 @@ from fp4dist.nn.apply import apply_recipe
 from fp4dist.spec.load import config_hash, load_run
 from fp4dist.train import loop
 from tests.distributed import run_ranks
-from tests.train.tiny_run import FP4, curve, losses, metrics, tiny_run, write_counting_tokens
+from tests.train.tiny_run import FP4, curve, losses, metrics, run_without_picture, tiny_run, write_counting_tokens
 
 pytestmark = pytest.mark.distributed
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> str:
 def raised(folder: str, *overrides: str, name: str = "run") -> Fp4DistError:
     """The error of a run that must fail."""
     try:
-        loop.run(tiny_run(Path(folder), *overrides, name=name))
+        run_without_picture(tiny_run(Path(folder), *overrides, name=name))
     except Fp4DistError as e:
         return e
     raise AssertionError(f"the run with {overrides} did not fail")
@@ -103,11 +103,11 @@ def test_a_run_leaves_everything_that_is_promised(folder: str) -> None:
 
 
 def folder_rules(folder: str) -> dict[str, Any]:
-    loop.run(tiny_run(Path(folder), "train.stop_after=2"))
+    run_without_picture(tiny_run(Path(folder), "train.stop_after=2"))
     before = sorted(p.name for p in (Path(folder) / "run").iterdir())
     other = raised(folder, "optim.lr=0.001", "train.steps=9")
     result = {"other": str(other), "untouched": before == sorted(p.name for p in (Path(folder) / "run").iterdir())}
-    summary = loop.run(tiny_run(Path(folder), "logging.every=3", "checkpoint.every=1", "checkpoint.keep=1"))
+    summary = run_without_picture(tiny_run(Path(folder), "logging.every=3", "checkpoint.every=1", "checkpoint.keep=1"))
     result["continued"] = (summary.steps, [line["step"] for line in metrics(tiny_run(Path(folder)))])
     bad = raised(folder, "recipe=quartet2", name="failed")
     result["failed"] = (type(bad), (Path(folder) / "failed" / "config.resolved.yaml").exists())
@@ -129,7 +129,7 @@ def test_another_configuration_is_refused_and_a_failed_start_claims_nothing(fold
 
 
 def recipe_changes(folder: str) -> dict[str, Any]:
-    loop.run(tiny_run(Path(folder), "train.stop_after=3", name="bf16"))
+    run_without_picture(tiny_run(Path(folder), "train.stop_after=3", name="bf16"))
     start = f"checkpoint.load={folder}/bf16/checkpoints/step_00000003"
     result: dict[str, Any] = {
         "recipe": str(raised(folder, f"recipe={FP4}", start, name="fp4")),
@@ -140,15 +140,15 @@ def recipe_changes(folder: str) -> dict[str, Any]:
     }
     allow = "checkpoint.allow_recipe_change=true"
     fp4 = tiny_run(Path(folder), f"recipe={FP4}", start, allow, "train.stop_after=4", name="fp4")
-    loop.run(fp4)
+    run_without_picture(fp4)
     rest = tiny_run(Path(folder), f"recipe={FP4}", start, allow, name="fp4")
-    loop.run(rest)  # own checkpoints win once they have that start behind them
+    run_without_picture(rest)  # own checkpoints win once they have that start behind them
     result["fp4"] = [(line["step"], line.get("val_loss")) for line in metrics(rest)]
     back = tiny_run(Path(folder), f"checkpoint.load={folder}/fp4/checkpoints/step_00000004", allow, name="back")
-    loop.run(back)
+    run_without_picture(back)
     result["back"] = [line["step"] for line in metrics(back)]
     whole = tiny_run(Path(folder), name="whole")
-    loop.run(whole)
+    run_without_picture(whole)
     result["losses"] = (losses(rest), losses(back), losses(whole))
     return result
 
@@ -190,7 +190,7 @@ def diverging(folder: str, kind: str) -> dict[str, Any]:
     config = tiny_run(Path(folder), *overrides, name=kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "apply_recipe", poisoned)
-        two_bad_steps = loop.run(tiny_run(Path(folder), *overrides, "train.stop_after=5", name=kind))
+        two_bad_steps = run_without_picture(tiny_run(Path(folder), *overrides, "train.stop_after=5", name=kind))
         error = raised(folder, *overrides, name=kind)
     kept = sorted(p.name for p in (Path(config.run_dir) / "checkpoints").iterdir())
     skipped, lines = two_bad_steps.skipped_steps, metrics(config)
@@ -236,14 +236,14 @@ def preempted(folder: str) -> dict[str, Any]:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "apply_recipe", signalling)
-        first = loop.run(config)
+        first = run_without_picture(config)
     restored = signal.getsignal(signal.SIGTERM) == before
     (Path(config.run_dir) / "checkpoints" / ".tmp-step_00000004").mkdir()
     with (Path(config.run_dir) / "metrics.jsonl").open("a") as f:  # a killed run was further than its checkpoint
         f.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
-    second = loop.run(config)
+    second = run_without_picture(config)
     whole = tiny_run(Path(folder), name="whole")
-    loop.run(whole)
+    run_without_picture(whole)
     left = sorted(p.name for p in (Path(config.run_dir) / "checkpoints").iterdir())
     return {
         "first": first,
@@ -267,7 +267,7 @@ def test_sigterm_finishes_the_step_saves_and_goes_on_later(folder: str) -> None:
 def damaged(folder: str) -> list[str]:
     """The run's own newest checkpoint with a file missing, then with code in its index."""
     config = tiny_run(Path(folder), "train.stop_after=2")
-    loop.run(config)
+    run_without_picture(config)
     dist.barrier()
     state = Path(config.run_dir) / "checkpoints" / "step_00000002" / "state"
     if dist.get_rank() == 0:
@@ -317,5 +317,5 @@ def test_no_evaluation_without_samples(folder: str) -> None:
 
 def without_evaluation(folder: str) -> list[Any]:
     config = tiny_run(Path(folder), "train.eval_samples=0", "train.stop_after=1")
-    loop.run(config)
+    run_without_picture(config)
     return [line["val_loss"] for line in metrics(config) if "val_loss" in line]

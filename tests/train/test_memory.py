@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fp4dist.errors import ConfigError, RecipeMismatch
-from fp4dist.megatron.sites import count_parameters
+from fp4dist.megatron.sites import count_parameters, gpt_sites
+from fp4dist.nn.assign import assign
 from fp4dist.spec.load import load_run, shipped
 from fp4dist.spec.run import MoeConfig, RunConfig
 from fp4dist.train.loop import dry_run
@@ -81,6 +82,33 @@ def test_a_dry_run_finds_what_does_not_fit(tmp_path: Path) -> None:
         dry_run(tiny_run(tmp_path, "parallel.tp=2"))
     with pytest.raises(ConfigError, match=r"cp = 1 \* 1 \* 2 = 2"):
         dry_run(tiny_run(tmp_path, "parallel.cp=2"))
+
+
+def test_a_dry_run_checks_both_pieces_of_a_context_parallel_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """48 samples x 16 tokens / cp 2 = 128 x 3 tokens, in two pieces of 64 x 3."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    wide = ("recipe=quartet2", "model.hidden_size=128", "model.num_attention_heads=4", "model.num_query_groups=4")
+    sizes = ("model.seq_length=16", "parallel.cp=2", "train.global_batch_size=96")
+    with pytest.raises(RecipeMismatch, match="2 pieces of the sequence"):
+        dry_run(tiny_run(tmp_path, *wide, *sizes, "train.micro_batch_size=48"))
+    assert "cp 2" in dry_run(tiny_run(tmp_path, *wide, *sizes, "train.micro_batch_size=32"))
+
+
+def test_gathered_codes_stand_beside_the_weights(config: RunConfig, tmp_path: Path) -> None:
+    """nvidia_nvfp4 quantizes every block weight in 16 x 16, the last layers' in high precision; two layers have none of
+    these, so its rules are those of a deeper model.
+    """
+    deep = tiny_run(tmp_path, f"recipe={FP4}", "model.num_layers=8", "engine.fp4_param_gather=true")
+    table = dry_run(deep)
+    assert "codes" not in table.rpartition("the large buffers")[2], "one rank has nothing to gather"
+    plain, coded = (estimate(with_overrides(deep, "engine", fp4_param_gather=on), 2, element=2) for on in (False, True))
+    layers = sum(row.linear != "bf16" for row in assign(gpt_sites(deep.model), deep.recipe).rows) / 4
+    assert layers >= 4
+    assert coded.codes == layers * BLOCKS / 2 * (1 / 2 + 1 / 256)
+    assert coded.total - plain.total == coded.codes
+    assert estimate(with_overrides(deep, "parallel", tp=2, pp=2), 2, element=2).codes == coded.codes // 4
 
 
 @pytest.mark.parametrize("name", ["quickstart", "llama_124m", "llama_350m"])

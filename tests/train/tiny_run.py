@@ -10,23 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 from fp4dist.spec.load import load_run
 from fp4dist.spec.run import RunConfig
+from fp4dist.train import loop
+from tests.megatron.tiny import MODEL
 from tests.train.token_runs import write_tokens
 
 VOCAB = 128
-MODEL = dict(
-    name="tiny",
-    num_layers=2,
-    hidden_size=64,
-    ffn_hidden_size=128,
-    num_attention_heads=4,
-    num_query_groups=2,
-    vocab_size=VOCAB,
-    seq_length=32,
-)
 ENGINES = ("megatron", "deepspeed")
 FP4 = "nvidia_nvfp4"
 
@@ -49,7 +42,7 @@ def tiny_run(folder: Path, *overrides: str, name: str = "run") -> RunConfig:
     prefix = folder / "counting"
     raw: dict[str, Any] = {
         "run": {"name": name, "dir": str(folder / name)},
-        "model": MODEL,
+        "model": MODEL | {"vocab_size": VOCAB},
         "data": {"train": [str(prefix)], "split": "80,20,0", "cache_dir": str(folder / "cache")},
         "optim": {"lr": 8.0e-3, "warmup_steps": 1},
         "train": {"steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "dtype": "fp32",
@@ -60,6 +53,13 @@ def tiny_run(folder: Path, *overrides: str, name: str = "run") -> RunConfig:
     file = folder / f"{name}-{os.getpid()}.yaml"  # several ranks may do this at once
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return load_run(file, overrides)
+
+
+def run_without_picture(config: RunConfig) -> loop.RunSummary:
+    """loop.run without its picture, which takes as long as the training of a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_curves", lambda *_: None)
+        return loop.run(config)
 
 
 def other_dir(config: RunConfig, folder: Path) -> RunConfig:

@@ -10,7 +10,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from fp4dist.spec.load import load_recipe
-from fp4dist.spec.run import DataConfig, ModelConfig, OptimConfig, RunConfig, RunSection, TrainConfig
+from fp4dist.spec.run import DataConfig, OptimConfig, RunConfig, RunSection, TrainConfig
+from tests.megatron.tiny import tiny_model
 
 VOCAB_SIZE = 100
 
@@ -34,15 +35,7 @@ def run_config(folder: Path, data: dict[str, Any], *, seed: int = 7, seq_length:
     train = {"steps": 5, "global_batch_size": 8, "micro_batch_size": 2, "eval_samples": 4, **train}
     return RunConfig(
         run=RunSection(name="data", dir=str(folder / "run"), seed=seed),
-        model=ModelConfig(
-            name="tiny",
-            num_layers=1,
-            hidden_size=32,
-            ffn_hidden_size=64,
-            num_attention_heads=2,
-            vocab_size=VOCAB_SIZE,
-            seq_length=seq_length,
-        ),
+        model=tiny_model(vocab_size=VOCAB_SIZE, seq_length=seq_length),
         data=DataConfig(**data),
         optim=OptimConfig(lr=1e-3),
         train=TrainConfig(**train),
