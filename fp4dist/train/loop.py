@@ -484,8 +484,8 @@ def _closing_words(s: RunSummary, applied: AppliedRecipe) -> list[str]:
     planned = applied.to_json()["fp4_share_of_block_linear_flops"]
     lines = [f"{'interrupted' if s.interrupted else 'done'} at step {s.steps}; run folder {s.run_dir}"]
     if s.val_losses:
-        (first, a), (last, b) = s.val_losses[0], s.val_losses[-1]
-        lines.append(f"validation loss {a:.4f} (step {first}) -> {b:.4f} (step {last})")
+        told = [f"{loss:.4f} (step {step})" for step, loss in (s.val_losses[0], *s.val_losses[1:][-1:])]
+        lines.append(f"validation loss {' -> '.join(told)}")
     if s.tokens_per_s:
         lines.append(
             f"{s.tokens_per_s:,.0f} tokens/s (median); {s.fp4_share:.1%} of block-linear FLOPs ran in FP4 by counted"
