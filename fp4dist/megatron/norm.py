@@ -8,6 +8,7 @@ sum, and Megatron's finalize_model_grads adds up the gradients of the weights th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,14 @@ from fp4dist.errors import ConfigError
 from fp4dist.megatron.upstream import TransformerConfig, transformer_engine
 
 
-class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, by torch.nn.functional.rms_norm (fused on GPUs).
+class _MarkedNorm(nn.Module):
+    """What the two share: built as Megatron builds norms, (config=, hidden_size=, eps=), refused for another kind.
 
-    Built as Megatron builds its norms: RMSNorm(config=, hidden_size=, eps=). The state is one key, `weight`
-    [hidden_size] in config.params_dtype, replicated over tensor-parallel ranks, as Megatron's default
-    sharded_state_dict assumes.
+    Parameters are vectors [hidden_size] in config.params_dtype, replicated over tensor-parallel ranks, as Megatron's
+    default sharded_state_dict assumes.
     """
 
+    kind: ClassVar[str]  # config.normalization
     weight: nn.Parameter
     returns_residual = False  # since 0.17 TransformerLayer asks whether a norm also returns its input
 
@@ -34,67 +35,57 @@ class RMSNorm(nn.Module):
         eps: float = 1e-5,
         persist_layer_norm: bool = False,
         zero_centered_gamma: bool = False,
-        normalization: str = "RMSNorm",
+        normalization: str | None = None,
     ) -> None:
         super().__init__()
-        if (config.normalization, normalization) != ("RMSNorm", "RMSNorm"):
+        if config.normalization != self.kind or normalization not in (None, self.kind):
             raise ConfigError(
-                f"normalization = {config.normalization!r}: this class computes RMSNorm only;"
-                " set TransformerConfig.normalization to 'RMSNorm' or build fp4dist.megatron.norm.Norm"
+                f"normalization = {config.normalization!r}: this class computes {self.kind} only;"
+                f" set TransformerConfig.normalization to {self.kind!r} or build fp4dist.megatron.norm.Norm"
             )
-        _refuse_zero_centered(config, zero_centered_gamma)
+        if config.layernorm_zero_centered_gamma or zero_centered_gamma:
+            raise ConfigError(
+                "layernorm_zero_centered_gamma = True: this norm multiplies by its weight, not by 1 + weight;"
+                " set it to False"
+            )
         self.hidden_size = hidden_size
         self.eps = eps
         self.weight = _parameter(torch.ones, config, hidden_size)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"{self.hidden_size}, eps={self.eps}"
+
+
+class RMSNorm(_MarkedNorm):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, by torch.nn.functional.rms_norm (fused on GPUs).
+
+    The state is one key, `weight`.
+    """
+
+    kind = "RMSNorm"
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [..., hidden_size]; the result has x's shape and dtype."""
         return nn.functional.rms_norm(x, (self.hidden_size,), self.weight, self.eps)
 
-    def extra_repr(self) -> str:
-        """For print(model)."""
-        return f"{self.hidden_size}, eps={self.eps}"
 
-
-class LayerNorm(nn.Module):
+class LayerNorm(_MarkedNorm):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, by torch's fused layer_norm.
 
-    Built like RMSNorm. The state is `weight` and `bias`, each [hidden_size] in config.params_dtype, replicated over
-    tensor-parallel ranks.
+    The state is `weight` and `bias`.
     """
 
-    weight: nn.Parameter
+    kind = "LayerNorm"
     bias: nn.Parameter
-    returns_residual = False
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float = 1e-5,
-        persist_layer_norm: bool = False,
-        zero_centered_gamma: bool = False,
-        normalization: str = "LayerNorm",
-    ) -> None:
-        super().__init__()
-        if config.normalization != "LayerNorm":
-            raise ConfigError(
-                f"normalization = {config.normalization!r}: this class computes LayerNorm only;"
-                " set TransformerConfig.normalization to 'LayerNorm' or build fp4dist.megatron.norm.Norm"
-            )
-        _refuse_zero_centered(config, zero_centered_gamma)
-        self.hidden_size = hidden_size
-        self.eps = eps
-        self.weight = _parameter(torch.ones, config, hidden_size)
+    def __init__(self, config: TransformerConfig, hidden_size: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, hidden_size, *args, **kwargs)
         self.bias = _parameter(torch.zeros, config, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [..., hidden_size]; the result has x's shape and dtype."""
         return nn.functional.layer_norm(x, (self.hidden_size,), self.weight, self.bias, self.eps)
-
-    def extra_repr(self) -> str:
-        """For print(model)."""
-        return f"{self.hidden_size}, eps={self.eps}"
 
 
 class Norm:
@@ -110,7 +101,7 @@ class Norm:
         normalization: str = "LayerNorm",
     ) -> RMSNorm | LayerNorm:
         """Build it; raises ConfigError for another normalization."""
-        kinds: dict[str, type[RMSNorm] | type[LayerNorm]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+        kinds: dict[str, type[RMSNorm] | type[LayerNorm]] = {norm.kind: norm for norm in (RMSNorm, LayerNorm)}
         if config.normalization not in kinds:
             raise ConfigError(
                 f"normalization = {config.normalization!r}: fp4dist.megatron builds {' and '.join(kinds)};"
@@ -131,11 +122,3 @@ def _parameter(fill: Callable[..., Tensor], config: TransformerConfig, size: int
     parameter = nn.Parameter(fill(size, dtype=config.params_dtype, device=device))
     setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - a mark on a tensor
     return parameter
-
-
-def _refuse_zero_centered(config: TransformerConfig, zero_centered_gamma: bool) -> None:
-    if config.layernorm_zero_centered_gamma or zero_centered_gamma:
-        raise ConfigError(
-            "layernorm_zero_centered_gamma = True: this norm multiplies by its weight, not by 1 + weight;"
-            " set it to False"
-        )

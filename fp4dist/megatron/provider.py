@@ -254,22 +254,29 @@ def layer_spec(config: TransformerConfig, provider: BackendSpecProvider, *, expe
         num_experts=config.num_moe_experts if experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
     )
+    return transformer_layer(provider, mlp, qk_norm=config.qk_layernorm, dense=not experts)
+
+
+def transformer_layer(
+    provider: BackendSpecProvider, mlp: Any, *, qk_norm: bool, dense: bool = True, attention: type = SelfAttention
+) -> ModuleSpec:
+    """A layer around the spec `mlp`; `dense` says that it is an MLP and no mixture of experts."""
     # the norm belongs to fc1 in Megatron's keys, but before experts it stands for itself
-    fused_norm = {} if experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-    qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    fused_norm = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if dense else {}
+    query_key_norm = provider.layer_norm(rms_norm=True, for_qk=True) if qk_norm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=provider.layer_norm(rms_norm=True),
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=attention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=provider.column_parallel_linear(),
                     core_attention=provider.core_attention(),
                     linear_proj=provider.row_parallel_linear(),
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
+                    q_layernorm=query_key_norm,
+                    k_layernorm=query_key_norm,
                 ),
             ),
             self_attn_bda=cast(type, get_bias_dropout_add),  # a function here, as in Megatron's own specs

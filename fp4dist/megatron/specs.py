@@ -7,20 +7,17 @@ Transformer Engine or apex that one refuses sequence parallelism: there use inst
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from fp4dist.errors import ConfigError
+from fp4dist.megatron.provider import transformer_layer
 from fp4dist.megatron.stock import StockSpecProvider
 from fp4dist.megatron.upstream import (
-    AttnMaskType,
     IdentityOp,
     ModuleSpec,
     SelfAttention,
     SelfAttentionSubmodules,
     TransformerConfig,
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_bias_dropout_add,
     get_mlp_module_spec_for_backend,
 )
 
@@ -42,32 +39,8 @@ class CheckedSelfAttention(SelfAttention):
 def _layer(qk_norm: bool) -> ModuleSpec:
     """A dense layer, its kind of norm and activation read from the config; checkpoint keys are stock GPT layers'."""
     provider = StockSpecProvider()
-    norm_or_none = provider.layer_norm(for_qk=True) if qk_norm else IdentityOp
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=provider.layer_norm(),
-            self_attention=ModuleSpec(
-                module=CheckedSelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=provider.column_parallel_linear(),
-                    core_attention=provider.core_attention(),
-                    linear_proj=provider.row_parallel_linear(),
-                    q_layernorm=norm_or_none,
-                    k_layernorm=norm_or_none,
-                ),
-            ),
-            self_attn_bda=cast(type, get_bias_dropout_add),  # a function here, as in Megatron's own specs
-            pre_mlp_layernorm=provider.layer_norm(),
-            mlp=get_mlp_module_spec_for_backend(backend=provider),
-            mlp_bda=cast(type, get_bias_dropout_add),
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
-        ),
-    )
+    mlp = get_mlp_module_spec_for_backend(backend=provider)
+    return transformer_layer(provider, mlp, qk_norm=qk_norm, attention=CheckedSelfAttention)
 
 
 gpt_layer: ModuleSpec = _layer(qk_norm=False)  # dense, whatever --num-experts says

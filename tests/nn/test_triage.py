@@ -122,19 +122,28 @@ def test_an_output_that_overflows(recipe: str) -> None:
 
 def broken_gradient(model: TinyLlama, path: str) -> None:
     """From now on the gradient that comes back to `path` has one Inf."""
-    model.get_submodule(path).register_forward_hook(lambda m, args, y: Broken.apply(y))
+    model.get_submodule(path).register_forward_hook(lambda m, args, y: Exchanged.apply(y, broken))
 
 
-class Broken(torch.autograd.Function):
-    """Identity forward; one Inf backward."""
+class Exchanged(torch.autograd.Function):
+    """Identity forward; backward gives what `change` makes of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
-        return poke(dy, INF)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.change(dy), None
+
+
+def broken(dy: Tensor) -> Tensor:
+    return poke(dy, INF)
+
+
+def large(dy: Tensor) -> Tensor:
+    return torch.full_like(dy, 1e10)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -158,23 +167,11 @@ def test_a_gradient_that_a_gemm_makes() -> None:
     with torch.no_grad():
         model.get_parameter(f"{UP}.weight").fill_(1e30)
         model.get_submodule("model.layers.1.post_attention_layernorm").weight.mul_(1e-30)  # type: ignore[operator]
-    model.get_submodule(UP).register_forward_hook(lambda m, args, y: Scaled.apply(y))
+    model.get_submodule(UP).register_forward_hook(lambda m, args, y: Exchanged.apply(y, large))
     finding = known(run(model, applied).backward)
     assert (finding.path, finding.what, finding.slot, finding.spec) == (UP, "grad_input", "dgrad", "fp4")
     assert finding.amax["weight"] == pytest.approx(1e30)
     assert 1e5 < finding.amax["grad_output"] < INF
-
-
-class Scaled(torch.autograd.Function):
-    """Identity forward; a large gradient backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.full_like(dy, 1e10)
 
 
 @pytest.mark.parametrize("recipe", ["quartet2", "bf16"])
@@ -185,7 +182,7 @@ def test_a_weight_gradient_that_only_the_sum_breaks(recipe: str) -> None:
     with torch.no_grad():
         linear.weight.mul_(1e-30)  # keeps y and dX small
     down = type(linear).forward
-    linear.forward = lambda x: Scaled.apply(down(linear, x * 1e30))  # dW = dY^T (1e30 x): beyond fp32
+    linear.forward = lambda x: Exchanged.apply(down(linear, x * 1e30), large)  # dW = dY^T (1e30 x): beyond fp32
     finding = known(run(model, applied).backward)
     assert (finding.path, finding.what) == (DOWN, "weight gradient")
     assert finding.slot == ("wgrad" if recipe == "quartet2" else "")
