@@ -15,13 +15,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from fp4dist.megatron.upstream import GPTModel, SequentialMLP, TransformerLayer
-from fp4dist.nn.sites import expert_path
+from fp4dist.megatron.chunks import layer_offset
+from fp4dist.megatron.upstream import GPTModel, SequentialMLP
+from fp4dist.nn.sites import expert_path, global_path
 from fp4dist.spec.run import ModelConfig, RunConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -55,18 +55,14 @@ def initialize_weights(model: GPTModel, config: RunConfig) -> None:
 
 def global_parameters(model: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:
     """named_parameters() with the layer and expert numbers of the whole model instead of this rank's."""
-    first = cast(TransformerLayer, model.decoder.layers[0]).layer_number - 1  # it counts from 1
+    first = layer_offset(model)
     experts = {
         name: module.ep_group.rank() * module.num_local_experts
         for name, module in model.named_modules()
         if isinstance(module, SequentialMLP)
     }
     for name, parameter in model.named_parameters():
-        name = expert_path(name, experts)
-        if name.startswith("decoder.layers."):
-            number, rest = name.removeprefix("decoder.layers.").split(".", 1)
-            name = f"decoder.layers.{int(number) + first}.{rest}"
-        yield name, parameter
+        yield global_path(expert_path(name, experts), first), parameter
 
 
 def _draw(name: str, shape: tuple[int, int], config: RunConfig) -> Tensor:

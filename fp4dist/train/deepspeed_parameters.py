@@ -26,12 +26,13 @@ from deepspeed.checkpoint.constants import (
 from torch import Tensor, nn
 
 from fp4dist.errors import CheckpointError
+from fp4dist.megatron.chunks import layer_offset
 from fp4dist.megatron.upstream import GPTModel, parallel_state
+from fp4dist.nn.sites import global_path
 from fp4dist.spec.run import RunConfig
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _PLACEHOLDER = "._extra_state"
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 class StageParameters(nn.Module):
@@ -176,7 +177,4 @@ def _whole_name(chunk: GPTModel, name: str) -> str:
     """The name that a chunk's parameter has in a model without a pipeline."""
     if name == _HEAD and chunk.share_embeddings_and_output_weights and not chunk.pre_process:
         return _EMBEDDING
-    if (match := _LAYER.match(name)) is None:
-        return name
-    layer = cast(Any, chunk.decoder).layers[int(match[1])]
-    return f"decoder.layers.{layer.layer_number - 1}.{name[match.end() :]}"
+    return global_path(name, layer_offset(chunk))

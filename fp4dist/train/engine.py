@@ -7,10 +7,10 @@ average gradients over micro-batches and data-parallel ranks, so that in fp32 th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -78,11 +78,6 @@ class Engine(Protocol):
 def replicas() -> dist.ProcessGroup:
     """The ranks that train on different samples (or, with context parallelism, parts of samples)."""
     return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
-
-
-def layer_offsets(chunks: Sequence[Any]) -> list[int]:
-    """The global number of the first layer of each of a pipeline stage's GPTModels."""
-    return [chunk.decoder.layers[0].layer_number - 1 for chunk in chunks]  # Megatron counts from 1
 
 
 def sequence_parts() -> dist.ProcessGroup | None:

@@ -26,6 +26,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from fp4dist.errors import CheckpointError, ConfigError
+from fp4dist.megatron.chunks import layer_offset
 from fp4dist.megatron.provider import tp_partial_parameters
 from fp4dist.megatron.upstream import GPTModel, parallel_state
 from fp4dist.nn.apply import AppliedRecipe
@@ -49,7 +50,6 @@ from fp4dist.train.engine import (
     StepResult,
     finite,
     global_mean,
-    layer_offsets,
     masked_mean,
     on_device,
     replicas,
@@ -174,7 +174,7 @@ class DeepSpeedEngine:
 
     def retrace(self, batches: Iterator[Batch]) -> Triage:
         """See `Engine.retrace`; forward passes only, because ZeRO reduces gradients inside of backward."""
-        offsets = layer_offsets(self._stages)
+        offsets = [layer_offset(stage) for stage in self._stages]
         with triage(self._stages, clock=self.applied.clock, layer_offset=offsets) as found:
             self.evaluate(islice(batches, self._micro_batches))
         return found

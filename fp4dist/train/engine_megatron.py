@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fp4dist.errors import CheckpointError
+from fp4dist.megatron.chunks import layer_offset
 from fp4dist.megatron.param_gather import Fp4ParamGather
 from fp4dist.megatron.upstream import GPTModel, parallel_state
 from fp4dist.nn.apply import AppliedRecipe
@@ -34,7 +35,7 @@ from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
 from fp4dist.train.checkpoint import random_states, restore_random_states, vet_torch_dist
 from fp4dist.train.data import Batch
-from fp4dist.train.engine import ReplicaWatch, StepResult, finite, layer_offsets, replicas
+from fp4dist.train.engine import ReplicaWatch, StepResult, finite, replicas
 from fp4dist.train.schedule import PipelineSchedule
 from fp4dist.train.world import World
 
@@ -102,7 +103,7 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         models = [chunk.module for chunk in self._chunks]
-        with triage(models, clock=self.applied.clock, layer_offset=layer_offsets(models)) as found:
+        with triage(models, clock=self.applied.clock, layer_offset=[layer_offset(model) for model in models]) as found:
             self._schedule.run(batches, 0, self._micro_batches, forward_only=False)
         for watch in self._watches:
             watch.found_bad()  # forget what it saw now

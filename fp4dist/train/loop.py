@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from fp4dist import env
 from fp4dist.errors import CheckpointError, ConfigError, TrainingDiverged
+from fp4dist.megatron.chunks import layer_offset
 from fp4dist.megatron.provider import build_chunks
 from fp4dist.megatron.sites import count_parameters, flops_per_token, gpt_sites
 from fp4dist.nn.apply import AppliedRecipe, apply_recipe, plan_table
@@ -38,7 +39,7 @@ from fp4dist.spec.load import config_hash, dump
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import checkpoint, data, memory
 from fp4dist.train.checkpoint import Manifest, Store
-from fp4dist.train.engine import Engine, StepResult, layer_offsets
+from fp4dist.train.engine import Engine, StepResult
 from fp4dist.train.folder import RunFolder
 from fp4dist.train.metrics import ConsoleSink, JsonlSink, Record, Sink, TensorboardSink, WandbSink, peak_tflops
 from fp4dist.train.packages import check_packages, versions
@@ -437,7 +438,7 @@ def _build(config: RunConfig, world: World) -> tuple[Engine, AppliedRecipe]:
         seed=config.run.seed,
         backend=config.backend,
         sites=None if whole else gpt_sites(config.model),
-        layer_offset=layer_offsets(chunks),
+        layer_offset=[layer_offset(chunk) for chunk in chunks],
         tokens=_tokens(config),
     )
     applied.clock.cache_weights = True  # weights change only between steps
