@@ -91,6 +91,11 @@ def divide(a: Tensor | float, b: Tensor | float) -> Tensor:
     return a / b
 
 
+def root(x: Tensor) -> Tensor:
+    """Square root of fp32, correctly rounded on every device: torch's own is not on CPUs (vector libraries)."""
+    return x.double().sqrt().to(torch.float32)  # 53 bits are enough for the second rounding to be the right one
+
+
 def _device(*values: Tensor | float) -> torch.device:
     return next(v.device for v in values if isinstance(v, Tensor))
 
@@ -153,13 +158,13 @@ def _steps(x: Tensor, spec: QuantSpec, rule: Quest | Sawb, grouping: Grouping) -
     x = x * spread(divide(1.0, unit), x.shape)  # exact, and squares neither overflow nor vanish
     if isinstance(rule, Sawb):
         c1, c2 = SAWB_INT4 if rule.rms is None or rule.mean_abs is None else (rule.rms, rule.mean_abs)
-        rms = divide(grouping.total(x * x), n).sqrt()
+        rms = root(divide(grouping.total(x * x), n))
         clip = (rms * fp32(c1) - divide(grouping.total(x.abs()), n) * fp32(c2)) * unit
         return divide(torch.where(clip > 0, clip, amax), spec.format.element.max)
     if rule.spread == "std":
         x = x - spread(divide(tree_sum(x, grouping.block), n), x.shape)
     factor = fp32(QUEST_E2M1 if rule.factor is None else rule.factor)
-    return divide(grouping.total(x * x), n).sqrt() * factor * unit
+    return root(divide(grouping.total(x * x), n)) * factor * unit
 
 
 def _power_below(positive: Tensor) -> Tensor:
