@@ -18,17 +18,23 @@ from fp4dist.megatron.gather_layout import Extent, GatherLayout, Piece
 from fp4dist.nn.plan import LinearPlan
 from fp4dist.nn.sites import Fp4Module
 from fp4dist.numerics.tensor import BlockScaledTensor
-from fp4dist.spec.blocks import AbsMax, Ceil, Floor, FourOverSix
+from fp4dist.spec.blocks import AbsMax, Ceil, Floor, FourOverSix, Nearest
+from fp4dist.spec.estimators import Straight
 from fp4dist.spec.recipe import LinearRecipe, QuantSpec
+from fp4dist.spec.statistics import Current
 
 
 def why_whole(recipe: LinearRecipe) -> str | None:
     """Why a weight under `recipe` must travel in high precision; None where its codes are all that is ever read."""
-    forward, backward = recipe.fprop.w, recipe.dgrad.w
+    forward, backward = recipe.fprop.w, recipe.slot("dgrad.w")
     if forward is None:
         return "its forward GEMM reads the weight in high precision"
     if forward.draws_noise:
         return f"fprop.w ({forward.label()}) draws noise for each micro-batch"
+    if forward.has_parts or not isinstance(forward.rounding, Nearest) or not isinstance(forward.estimator, Straight):
+        return f"fprop.w ({forward.label()}) needs more than its own codes"
+    if not isinstance(forward.amax, Current):
+        return f"fprop.w ({forward.label()}) is scaled by an amax that is kept between steps"
     if forward.rotation is not None:
         return f"fprop.w ({forward.label()}) is rotated"
     if not _is_blockwise(forward):

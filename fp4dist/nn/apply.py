@@ -66,7 +66,8 @@ class AppliedRecipe:
         """
         self.clock.step = step
         self.set_micro_batch(micro_batch)
-        due = frozenset(p.name for p in self.recipe.phases if p.enabled and step >= p.start(total))
+        starts = {p.name: p.start(total) for p in self.recipe.phases if p.enabled}
+        due = frozenset(name for name, start in starts.items() if start is not None and step >= start)
         if due == self.active:
             return []
         started = sorted(due - self.active)

@@ -182,10 +182,13 @@ class Eden:
     align   post_hoc: codes from the exact fp32 block scale, tensor scale after the fact, one pass over the data;
             pre: codes from the E4M3 block scale, as the paper's algorithm is written (two passes)
     headroom (17/16) * 0.93: a mild clip that minimizes the error; S repairs the bias
+    four_over_six   codes under the scale or under 1.5 of it, whichever has the smaller error by this metric (a tie
+            keeps the scale); S repairs the bias of that choice, too
     """
 
     kind: Literal["eden"] = "eden"
     align: Literal["post_hoc", "pre"] = "post_hoc"
+    four_over_six: Literal["none", "mse", "mae", "absmax"] = "none"
     headroom: float = 0.988125
     budget: float = 256.0
 
@@ -194,7 +197,25 @@ class Eden:
             raise ValueError(f"headroom = {self.headroom} must be positive and budget = {self.budget} in (0, 448]")
 
 
-Rounding = Nearest | Stochastic | Eden
+@frozen
+class Ema:
+    """Of a weight's two neighbours on the grid take the one nearer to the weight's moving average (Q-EMA,
+    arXiv:2502.20853); sign and scale are the weight's own.
+
+    decay   w_ema <- decay w_ema + (1 - decay) w after each optimizer step
+    after   steps before which it is nearest rounding
+    """
+
+    kind: Literal["ema"] = "ema"
+    decay: float = 0.998
+    after: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay < 1 or self.after < 0:
+            raise ValueError(f"decay = {self.decay} must be in (0, 1) and after = {self.after} not negative")
+
+
+Rounding = Nearest | Stochastic | Eden | Ema
 
 
 @frozen

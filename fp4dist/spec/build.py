@@ -142,9 +142,10 @@ def _union(args: tuple[Any, ...], value: Any, path: str) -> Any:
         return build(tags[kind], value, path)
     words = [word for t in args if get_origin(t) is Literal for word in get_args(t)]  # `row`, where a list could stand
     if words and isinstance(value, str):
-        if value not in words:
+        if value in words:
+            return value
+        if not any(dataclasses.is_dataclass(t) for t in args):
             raise _error(path, f"{value!r} is neither a list nor one of {', '.join(words)}", value, words)
-        return value
     target = next(t for t in args if t is not NONE)
     if value == HIGH_PRECISION and NONE in args and hasattr(target, "SHORTHAND"):
         return None

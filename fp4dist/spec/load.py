@@ -80,7 +80,7 @@ def config_hash(config: RunConfig) -> str:
 def recipe_hash(recipe: Recipe) -> str:
     """16 hex digits of what the recipe does (its name and notes excluded)."""
     data = plain(recipe)
-    return _digest({k: data[k] for k in ("linears", "rules", "phases")})
+    return _digest({k: data[k] for k in data if k not in ("name", "paper", "notes")})
 
 
 def model_hash(model: ModelConfig) -> str:
@@ -112,6 +112,19 @@ _CAME_LATER = {
     "deterministic": False,
     "recompute": "none",
     "recompute_modules": ["mlp"],
+    "amax": {"kind": "current"},
+    "split": None,
+    "outlier": None,
+    "estimator": {"kind": "straight"},
+    "four_over_six": "none",
+    "assign": [],
+    "lr": None,
+    "trigger": None,
+    "gradients": [],
+    "weights": [],
+    "optimizer_state": None,
+    "kind": "adamw",
+    "momentum": 0.9,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields
 from fractions import Fraction
 from typing import ClassVar, Literal
 
@@ -10,6 +12,7 @@ from fp4dist.spec.blocks import (
     AbsMax,
     Ceil,
     Eden,
+    Ema,
     Floor,
     FourOverSix,
     Hadamard,
@@ -21,8 +24,11 @@ from fp4dist.spec.blocks import (
     ScaleRule,
     Stochastic,
 )
+from fp4dist.spec.estimators import Dge, Estimator, Lsq, Straight, TrustMask
 from fp4dist.spec.formats import E2M1, INT4, Block, Format, Outer
 from fp4dist.spec.frozen import frozen
+from fp4dist.spec.splits import Outlier, Split, TopK
+from fp4dist.spec.statistics import Current, GradScale, Hold, Learned, Statistic
 
 # Scale format -> the rules that it can store.
 RULES: dict[str, tuple[type, ...]] = {
@@ -33,6 +39,8 @@ RULES: dict[str, tuple[type, ...]] = {
     "fp32": (AbsMax, Floor, Ceil, Quest, Sawb, MseSearch),
 }
 UNBIASED_FP32 = 1.0  # fp32 scales put the amax on the element's maximum, to one rounding
+# A held amax may be outgrown; scales that reach this much beyond their budget have room for it.
+HELD_GROWTH = 64.0
 _PARITY = "or allow_bias: true for parity with a paper"
 
 
@@ -49,6 +57,10 @@ class QuantSpec:
     rounding: Rounding = Nearest()
     rotation: Hadamard | None = None
     source: Literal["master", "requant", "reuse"] = "master"  # of a backward operand; see LinearRecipe
+    amax: Statistic = Current()  # what a scale of the whole tensor is made from
+    split: Split | None = None  # a part of low rank that is taken out first
+    outlier: Outlier | None = None  # large elements or channels that are taken out
+    estimator: Estimator = Straight()  # how the gradient passes (forward operands)
     allow_bias: bool = False  # stochastic rounding under a rule that clips, for parity with a paper
     amax_scope: Literal["tensor", "shard"] = (
         "tensor"  # of a scale that spans ranks: the logical tensor, or a rank's part
@@ -59,6 +71,9 @@ class QuantSpec:
         _check_unbiased(self)
         _check_blocks(self)
         _check_rounding(self)
+        _check_statistic(self)
+        _check_parts(self)
+        _check_estimator(self)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,11 +98,16 @@ class QuantSpec:
     @property
     def draws_noise(self) -> bool:
         """Whether quantizing needs a Philox key for rounding."""
-        return not isinstance(self.rounding, Nearest)
+        return not isinstance(self.rounding, Nearest | Ema)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the operand is a sum of quantized codes and something beside them."""
+        return self.split is not None or self.outlier is not None
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether the codes depend on the tensor alone, neither on noise nor on fresh signs."""
+        """Whether the codes depend neither on noise nor on fresh signs."""
         return not self.draws_noise and (self.rotation is None or self.rotation.signs != "fresh")
 
     @property
@@ -104,7 +124,8 @@ class QuantSpec:
     def joins(self) -> bool:
         """Whether codes and scale bytes of two parts of a tensor, put side by side, are those of the whole tensor."""
         whole = 0 in self.shape or self.format.scale.name == "fp32"
-        return not whole and self.above in ("none", "tensor") and self.samples == 1 and self.is_fp4
+        plain = self.samples == 1 and self.is_fp4 and not self.has_parts
+        return not whole and self.above in ("none", "tensor") and plain
 
     @property
     def rows_multiple(self) -> int:
@@ -116,7 +137,8 @@ class QuantSpec:
         """What the contracted dimension must be a multiple of (8 elements share one draw of noise)."""
         noise = 8 if isinstance(self.rounding, Stochastic) else 2  # 2: two codes share a byte
         tile = self.above[1] if isinstance(self.above, tuple) else 1
-        return max(self.shape[1], tile, self.rotation.size if self.rotation else 1, noise)
+        group = self.outlier.group if isinstance(self.outlier, TopK) else 1
+        return math.lcm(max(self.shape[1], tile, self.rotation.size if self.rotation else 1, noise), group)
 
     def label(self) -> str:
         """A short text for tables: `nvfp4 1x16 17/16 sr rht16` (headroom 17/16, stochastic, 16-wide rotation)."""
@@ -128,9 +150,23 @@ class QuantSpec:
             words.append(_rotation_word(self.rotation))
         if self.amax_scope == "shard":
             words.append("shard-amax")
+        words += [_block_word(block) for block in (self.amax, self.split, self.outlier, self.estimator) if block]
         if self.source != "master":
             words.append(self.source)
-        return " ".join(words)
+        return " ".join(word for word in words if word)
+
+
+def _block_word(block: object) -> str:
+    """The block's kind with the fields that differ from their defaults; nothing for a default block."""
+    kind = getattr(block, "kind", "")
+    if kind in ("current", "straight"):
+        return ""
+    changed = [
+        f"{f.name}={value:g}" if isinstance(value := getattr(block, f.name), float) else f"{f.name}={value}"
+        for f in fields(block)  # type: ignore[arg-type]
+        if f.name != "kind" and getattr(block, f.name) != f.default
+    ]
+    return f"{kind}({','.join(changed)})" if changed else kind
 
 
 def _block_words(block: Block) -> str:
@@ -168,7 +204,11 @@ def _rounding_words(spec: QuantSpec) -> list[str]:
     if isinstance(spec.rounding, Stochastic):
         return ["sr" if spec.samples == 1 else f"sr({spec.samples})"]
     if isinstance(spec.rounding, Eden):
-        return ["eden" if spec.rounding.align == "post_hoc" else "eden(pre)"]
+        options = ["pre"] if spec.rounding.align == "pre" else []
+        options += [] if spec.rounding.four_over_six == "none" else [f"4/6:{spec.rounding.four_over_six}"]
+        return [f"eden({','.join(options)})" if options else "eden"]
+    if isinstance(spec.rounding, Ema):
+        return [f"ema({spec.rounding.decay:g})"]
     return [] if spec.rounding.ties == "even" else [f"ties:{spec.rounding.ties}"]
 
 
@@ -263,6 +303,66 @@ def _check_rounding(spec: QuantSpec) -> None:
         raise ValueError(f"{spec.format.element.name} elements round ties to even, as conversions do; leave ties out")
     if isinstance(spec.rule, MseSearch) and not isinstance(spec.rounding, Nearest):
         raise ValueError("mse_search compares errors, which noise would blur: it needs nearest rounding")
+    if isinstance(spec.rounding, Ema) and isinstance(spec.rule, (FourOverSix, MseSearch)):
+        raise ValueError(
+            f"ema rounding decides between neighbours under the weight's own scale, {spec.rule.kind} between scales;"
+            " use another scale rule"
+        )
+
+
+def _check_statistic(spec: QuantSpec) -> None:
+    if isinstance(spec.amax, Current):
+        return
+    kind, of_tensor = spec.amax.kind, spec.above == "tensor" or spec.shape == (0, 0)
+    if not of_tensor or isinstance(spec.rounding, Eden) or isinstance(spec.rule, (Quest, Sawb)):
+        raise ValueError(
+            f"amax = {kind} keeps the amax of a whole tensor, but nothing in {spec.format.title} is scaled by it here;"
+            " use outer: tensor or block: tensor with an absmax scale and nearest or stochastic rounding"
+        )
+    if isinstance(spec.amax, GradScale | Learned) and spec.shape != (0, 0):
+        raise ValueError(f"amax = {kind} is the only scale of its tensor; use block: tensor with an fp32 scale")
+    if spec.amax_scope == "shard":
+        raise ValueError(f"amax = {kind} is kept for the logical tensor; leave amax_scope: shard out")
+    if isinstance(spec.rounding, Stochastic) and not spec.allow_bias:
+        _check_held_room(spec)
+
+
+def _check_held_room(spec: QuantSpec) -> None:
+    budget = getattr(spec.rule, "budget", 0.0)
+    roomy = spec.shape != (0, 0) and budget and spec.format.scale.max / budget >= HELD_GROWTH
+    if not (isinstance(spec.amax, Hold) and roomy):
+        raise ValueError(
+            f"stochastic rounding under a scale rule that clips is biased: amax = {spec.amax.kind} may be below the"
+            f" present one; use nearest, amax: current, amax: hold under scales with {HELD_GROWTH:g} times the range of"
+            f" their budget (ue5m3), {_PARITY}"
+        )
+
+
+def _check_parts(spec: QuantSpec) -> None:
+    if spec.source == "reuse" and spec.has_parts:
+        raise ValueError(
+            "source = reuse reads the forward codes and what stands beside them; leave split and outlier out"
+        )
+
+
+def _check_estimator(spec: QuantSpec) -> None:
+    clips = isinstance(spec.rule, (Quest, Sawb, MseSearch)) or not isinstance(spec.amax, Current)
+    clips = clips or (isinstance(spec.rule, Floor) and spec.rule.headroom < _no_clip_headroom(spec))
+    if isinstance(spec.estimator, TrustMask) and not clips:
+        raise ValueError(
+            f"estimator = mask lets nothing pass where the scale clips, and {spec.rule.kind} clips (next to) nothing;"
+            " use a rule that does (quest, sawb), or estimator: straight"
+        )
+    if isinstance(spec.estimator, Dge) and isinstance(spec.rule, Quest):
+        raise ValueError(
+            "estimator = dge with scale quest: quest is published with a mask, and both would multiply the gradient;"
+            " use estimator: mask, or another scale"
+        )
+    if isinstance(spec.estimator, Lsq) != isinstance(spec.amax, Learned):
+        raise ValueError(
+            f"estimator = {spec.estimator.kind} with amax = {spec.amax.kind}: the gradient of lsq is that of a learned"
+            " amax; use both or neither"
+        )
 
 
 def _check_unbiased(spec: QuantSpec) -> None:

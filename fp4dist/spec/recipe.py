@@ -15,8 +15,14 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal, get_args
 
+from fp4dist.spec.blocks import Ema
+from fp4dist.spec.estimators import Straight
 from fp4dist.spec.frozen import frozen
 from fp4dist.spec.operand import QuantSpec
+from fp4dist.spec.phases import LrShape, Trigger
+from fp4dist.spec.splits import Channels, HotResidual, Mean
+from fp4dist.spec.statistics import Current
+from fp4dist.spec.training import Cage, GradientTransform, OptimizerState, OsciReset, QRamping, WeightControl
 
 HIGH_PRECISION = "bf16"  # the YAML word for "not quantized": the operand keeps the model's dtype
 Role = Literal["qkv", "proj", "fc1", "fc2", "expert", "head", "embedding", "router"]
@@ -24,8 +30,12 @@ ROLES: tuple[str, ...] = get_args(Role)
 BLOCK_ROLES = ("qkv", "proj", "fc1", "fc2", "expert")  # the linears inside transformer blocks
 
 
-def _check_pair(gemm: str, names: str, a: QuantSpec | None, b: QuantSpec | None) -> None:
+Dequantized = Literal["dequant"]  # a backward operand: the forward codes' values in high precision, not quantized again
+
+
+def _check_pair(gemm: str, names: str, a: QuantSpec | None, b: QuantSpec | Dequantized | None) -> None:
     """Both operands of a GEMM must live in the same rotated basis."""
+    b = b if isinstance(b, QuantSpec) else None
     first, second = (s.rotation if s else None for s in (a, b))
     if first != second:
         raise ValueError(
@@ -55,6 +65,33 @@ class Fprop:
                 raise ValueError(
                     f"{name} averages {spec.samples} samples: only a gradient's GEMM repeats; use samples: 1"
                 )
+        _check_forward_only("fprop", {"x": self.x, "w": self.w}, token_dim=("x",))
+        for name, spec in (("x", self.x), ("w", self.w)):
+            if spec is not None and isinstance(spec.outlier, Channels | HotResidual) and name == "w":
+                raise ValueError(
+                    f"w.outlier = {spec.outlier.kind}: channels are chosen by x and stand for both; give it x"
+                )
+        if self.x is not None and isinstance(self.x.rounding, Ema):
+            raise ValueError("x.rounding = ema: a moving average exists for weights alone; give it w")
+        if self.w is not None and isinstance(self.w.rounding, Ema) and not self.w.is_deterministic:
+            raise ValueError("w.rounding = ema under fresh signs: the average would be in another basis each time")
+
+
+def _check_forward_only(gemm: str, specs: dict[str, QuantSpec | None], token_dim: tuple[str, ...]) -> None:
+    """What only some operands can have."""
+    for name, spec in specs.items():
+        if spec is None:
+            continue
+        if isinstance(spec.split, Mean) and name not in token_dim:
+            raise ValueError(f"{name}.split = mean takes the mean over tokens, and a weight has none; use lowrank")
+        if gemm == "fprop":
+            continue
+        if not isinstance(spec.estimator, Straight):
+            raise ValueError(
+                f"{name}.estimator = {spec.estimator.kind}: gradients pass the quantizers of fprop alone; set it there"
+            )
+        if isinstance(spec.rounding, Ema) and spec.source != "reuse":
+            raise ValueError(f"{name}.rounding = ema: it decides the forward weight's codes; set it in fprop")
 
 
 @frozen
@@ -62,10 +99,15 @@ class Dgrad:
     """dX[T,I] = dY[T,O] (W^T[I,O])^T."""
 
     dy: QuantSpec | None = None
-    w: QuantSpec | None = None
+    w: QuantSpec | Dequantized | None = None
 
     def __post_init__(self) -> None:
         _check_pair("dgrad", "dy and w", self.dy, self.w)
+        w = self.w if isinstance(self.w, QuantSpec) else None
+        _check_forward_only("dgrad", {"dy": self.dy, "w": w}, token_dim=("dy",))
+        for name, spec in (("dy", self.dy), ("w", w)):
+            if spec is not None and isinstance(spec.outlier, Channels | HotResidual):
+                raise ValueError(f"{name}.outlier = {spec.outlier.kind}: dgrad contracts outputs, not input channels")
         if self.dy is not None and self.dy.source != "master":
             raise ValueError(f"dy.source = {self.dy.source}: the incoming gradient has only its master")
 
@@ -75,10 +117,16 @@ class Wgrad:
     """dW[O,I] = dY^T[O,T] (X^T[I,T])^T."""
 
     dy: QuantSpec | None = None
-    x: QuantSpec | None = None
+    x: QuantSpec | Dequantized | None = None
 
     def __post_init__(self) -> None:
         _check_pair("wgrad", "dy and x", self.dy, self.x)
+        x = self.x if isinstance(self.x, QuantSpec) else None
+        _check_forward_only("wgrad", {"dy": self.dy, "x": x}, token_dim=("dy", "x"))
+        if self.dy is not None and isinstance(self.dy.outlier, Channels | HotResidual):
+            raise ValueError(f"dy.outlier = {self.dy.outlier.kind}: input channels belong to x")
+        if x is not None and isinstance(x.outlier, HotResidual):
+            raise ValueError("x.outlier = hot_residual: wgrad contracts tokens, not input channels; use it in fprop")
         if self.dy is not None and self.dy.source != "master":
             raise ValueError(f"dy.source = {self.dy.source}: the incoming gradient has only its master")
 
@@ -100,13 +148,27 @@ class LinearRecipe:
     wgrad: Wgrad = Wgrad()
 
     def __post_init__(self) -> None:
-        _check_source("dgrad.w", self.dgrad.w, self.fprop.w)
-        _check_source("wgrad.x", self.wgrad.x, self.fprop.x)
+        for name, forward in (("dgrad.w", self.fprop.w), ("wgrad.x", self.fprop.x)):
+            _check_source(name, self.slot(name), forward)
+            if self.dequantized(name) and forward is None:
+                raise ValueError(f"{name} = dequant needs quantized forward codes, but the forward operand is bf16")
+        _check_channels(self)
 
     def slot(self, name: str) -> QuantSpec | None:
-        """The spec of slot `name`, e.g. `wgrad.dy`."""
+        """The spec of slot `name`, e.g. `wgrad.dy`; None where it is not quantized."""
         gemm, operand = name.split(".")
-        return getattr(getattr(self, gemm), operand)
+        value = getattr(getattr(self, gemm), operand)
+        return value if isinstance(value, QuantSpec) else None
+
+    def dequantized(self, name: str) -> bool:
+        """Whether backward slot `name` is the forward codes' values in high precision."""
+        gemm, operand = name.split(".")
+        return getattr(getattr(self, gemm), operand) == "dequant"
+
+    def word(self, name: str) -> str:
+        """What slot `name` is, for tables: the spec's label, `dequant` or `bf16`."""
+        spec = self.slot(name)
+        return spec.label() if spec else "dequant" if self.dequantized(name) else HIGH_PRECISION
 
     def gemm_is_fp4(self, gemm: str) -> bool:
         """Whether both operands of `gemm` have at most 4 bits, so that FP4 tensor cores run it where they exist."""
@@ -121,6 +183,18 @@ class LinearRecipe:
     def is_high_precision(self) -> bool:
         """Whether no slot is quantized."""
         return all(self.slot(s) is None for s in SLOTS)
+
+
+def _check_channels(recipe: LinearRecipe) -> None:
+    """One choice of channels serves the whole linear."""
+    forward = recipe.fprop.x.outlier if recipe.fprop.x is not None else None
+    backward = spec.outlier if (spec := recipe.slot("wgrad.x")) is not None else None
+    if isinstance(backward, Channels) and backward != forward:
+        raise ValueError(
+            "wgrad.x.outlier = channels repeats the choice of fprop.x, which has"
+            f" {forward.kind if forward else 'none'}{' with other fields' if isinstance(forward, Channels) else ''};"
+            " give both the same block"
+        )
 
 
 def _check_source(name: str, spec: QuantSpec | None, forward: QuantSpec | None) -> None:
@@ -156,7 +230,7 @@ def _check_source(name: str, spec: QuantSpec | None, forward: QuantSpec | None) 
 
 def _identity(spec: QuantSpec) -> tuple[object, ...]:
     """What decides the codes of a tensor."""
-    return spec.format, spec.shape, spec.above, spec.rule, spec.rounding, spec.rotation, spec.amax_scope
+    return spec.format, spec.shape, spec.above, spec.rule, spec.rounding, spec.rotation, spec.amax_scope, spec.amax
 
 
 @frozen
@@ -189,36 +263,51 @@ class Rule:
 
 @frozen
 class Phase:
-    """From some step on, linears follow another LinearRecipe: `use: {fp4: fp4_tail}`.
+    """From some step on, something else holds.
 
-    Start: `last` = fraction of the run before its end, or `step` = absolute step. `enabled: false` keeps a published
-    phase in the file without running it.
+    use                linears follow another LinearRecipe: `use: {fp4: fp4_tail}`
+    assign             rules that come before the recipe's own: other layers or roles get other LinearRecipes
+    lr                 another learning-rate shape;  optimizer_state   other dtypes of master weights and moments
+    last, step, trigger
+                       start: a fraction of the run before its end, an absolute step, or a trigger; exactly one
+    enabled            false keeps a published phase in the file without running it
     """
 
     name: str
-    use: dict[str, str]
+    use: dict[str, str] = field(default_factory=dict)
+    assign: tuple[Rule, ...] = ()
+    lr: LrShape | None = None
+    optimizer_state: OptimizerState | None = None
     last: float | None = None
     step: int | None = None
+    trigger: Trigger | None = None
     enabled: bool = True
 
     def __post_init__(self) -> None:
-        if (self.last is None) == (self.step is None):
-            raise ValueError(f"phase {self.name!r} needs exactly one of last, step")
+        if sum(start is not None for start in (self.last, self.step, self.trigger)) != 1:
+            raise ValueError(f"phase {self.name!r} needs exactly one of last, step, trigger")
         if self.last is not None and not 0 < self.last < 1:
             raise ValueError(f"last = {self.last} must be in (0, 1)")
         if self.step is not None and self.step < 0:
             raise ValueError(f"step = {self.step} must not be negative")
-        if not self.use:
-            raise ValueError(f"phase {self.name!r} changes nothing: use is empty")
+        if not (self.use or self.assign or self.lr or self.optimizer_state):
+            raise ValueError(f"phase {self.name!r} changes nothing: give use, assign, lr or optimizer_state")
 
-    def start(self, total_steps: int) -> int:
-        """First step of the phase in a run of `total_steps`."""
+    def start(self, total_steps: int) -> int | None:
+        """First step of the phase in a run of `total_steps`; None where a trigger decides."""
+        if self.trigger is not None:
+            return None
         return self.step if self.step is not None else round(total_steps * (1 - (self.last or 0.0)))
 
 
 @frozen
 class Recipe:
-    """Where and when: named LinearRecipes, ordered rules, phases. A linear that no rule matches stays in bf16."""
+    """Where and when: named LinearRecipes, ordered rules, phases. A linear that no rule matches stays in bf16.
+
+    gradients         transforms of every gradient between its reduction and the optimizer, in this order
+    weights           what holds or moves the weights of quantized linears around the optimizer's step
+    optimizer_state   dtypes of master weights and moments
+    """
 
     name: str
     paper: str = ""
@@ -226,12 +315,16 @@ class Recipe:
     linears: dict[str, LinearRecipe] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     phases: tuple[Phase, ...] = ()
+    gradients: tuple[GradientTransform, ...] = ()
+    weights: tuple[WeightControl, ...] = ()
+    optimizer_state: OptimizerState | None = None
 
     def __post_init__(self) -> None:
         if HIGH_PRECISION in self.linears:
             raise ValueError(f"linears.{HIGH_PRECISION}: this name is taken; it means high precision")
         used = [(f"rules[{i}].linear", r.linear) for i, r in enumerate(self.rules)]
         used += [(f"phases[{i}].use", n) for i, p in enumerate(self.phases) for pair in p.use.items() for n in pair]
+        used += [(f"phases[{i}].assign", r.linear) for i, p in enumerate(self.phases) for r in p.assign]
         for place, name in used:
             if name != HIGH_PRECISION and name not in self.linears:
                 raise ValueError(f"{place} = {name!r} is not one of {', '.join([*self.linears, HIGH_PRECISION])}")
@@ -241,6 +334,7 @@ class Recipe:
         unused = set(self.linears) - {name for _, name in used}
         if unused:
             raise ValueError(f"linears.{min(unused)} is used by no rule and no phase")
+        _check_training(self)
 
     def linear(self, name: str) -> LinearRecipe:
         """The LinearRecipe called `name`; `bf16` is the one without quantizers."""
@@ -248,10 +342,49 @@ class Recipe:
 
     def variants(self, name: str) -> list[LinearRecipe]:
         """The LinearRecipe called `name`, and those that enabled phases turn it into."""
-        turned = [phase.use[name] for phase in self.phases if phase.enabled and name in phase.use]
-        return [self.linear(n) for n in dict.fromkeys([name, *turned])]
+        names = [name]
+        for phase in (p for p in self.phases if p.enabled):
+            names += [rule.linear for rule in phase.assign]
+            names += [phase.use[n] for n in names if n in phase.use]
+        return [self.linear(n) for n in dict.fromkeys(names)]
+
+    @property
+    def steers_optimizer(self) -> bool:
+        """Whether something acts around the optimizer's step: gradients, weights, averages of weights, state dtypes."""
+        averaged = any(isinstance(w.rounding, Ema) for linear in self.linears.values() if (w := linear.fprop.w))
+        rounded = self.optimizer_state or any(p.optimizer_state for p in self.phases if p.enabled)
+        return bool(self.gradients or self.weights or averaged or rounded)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a run keeps something from step to step beside weights and moments, which a checkpoint must hold."""
+        specs = [spec for linear in self.linears.values() for slot in SLOTS if (spec := linear.slot(slot))]
+        held = any(not isinstance(s.amax, Current) or isinstance(s.outlier, Channels | HotResidual) for s in specs)
+        triggered = any(phase.trigger is not None for phase in self.phases if phase.enabled)
+        return held or triggered or self.steers_optimizer
 
     @property
     def wants_fp4(self) -> bool:
         """Whether any rule asks for quantized operands."""
         return any(not self.linear(rule.linear).is_high_precision for rule in self.rules)
+
+
+def _check_training(recipe: Recipe) -> None:
+    """Which transforms and controls exclude each other."""
+    for name, blocks in (("gradients", recipe.gradients), ("weights", recipe.weights)):
+        kinds = [block.kind for block in blocks]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"{name}: {max(kinds, key=kinds.count)} is given twice; keep one")
+    controls = {type(control) for control in recipe.weights}
+    if {Cage, OsciReset} <= controls:
+        raise ValueError("weights: cage and osci_reset both pull weights to their quantized values; keep one")
+    if {QRamping, OsciReset} <= controls:
+        raise ValueError("weights: q_ramping and osci_reset both answer the same oscillation; keep one")
+    if recipe.weights and not any(linear.fprop.w is not None for linear in recipe.linears.values()):
+        raise ValueError(f"weights: {recipe.weights[0].kind} needs a linear whose fprop.w is quantized")
+    for name, linear in recipe.linears.items():
+        if recipe.weights and linear.fprop.w is not None and not linear.fprop.w.is_deterministic:
+            raise ValueError(
+                f"weights: {recipe.weights[0].kind} compares a weight with its quantized value, which linears.{name}"
+                " draws anew each time (noise or fresh signs in fprop.w); use nearest rounding and fixed signs there"
+            )

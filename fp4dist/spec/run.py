@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from fp4dist.spec.frozen import frozen
 from fp4dist.spec.recipe import Recipe
+from fp4dist.spec.training import OptimizerState, QRamping
 
 
 @frozen
@@ -164,8 +165,12 @@ class DataConfig:
 
 @frozen
 class OptimConfig:
-    """AdamW with fp32 master weights and a learning-rate schedule."""
+    """An optimizer with fp32 master weights and a learning-rate schedule.
 
+    Adafactor and SGD are torch's; Adafactor keeps its own beta2 and eps, its factors need whole matrices.
+    """
+
+    kind: Literal["adamw", "sgd", "adafactor"] = "adamw"
     lr: float
     min_lr: float = 0.0
     warmup_steps: int = 0
@@ -174,6 +179,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.9  # of sgd
     eps: float = 1e-8
     clip_grad: float = 1.0  # global L2 norm; 0 switches clipping off
 
@@ -185,7 +191,7 @@ class OptimConfig:
         for key in ("warmup_steps", "weight_decay", "clip_grad"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} = {getattr(self, key)} must not be negative")
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} = {getattr(self, key)} must be in [0, 1)")
 
@@ -321,6 +327,7 @@ class RunConfig:
             raise ValueError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} must be smaller than train.steps = {self.train.steps}"
             )
+        _check_optimizer(self.optim, self.engine, self.parallel, self.recipe)
         if self.engine.kind == "deepspeed" and self.parallel.pp > 1 and self.engine.zero_stage >= 2:
             raise ValueError(
                 f"engine.zero_stage = {self.engine.zero_stage} with parallel.pp = {self.parallel.pp}: ZeRO 2 and 3"
@@ -332,6 +339,39 @@ class RunConfig:
     def run_dir(self) -> str:
         """The run folder."""
         return self.run.dir or f"runs/{self.run.name}"
+
+
+def _check_optimizer(optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, recipe: Recipe) -> None:
+    """What reaches into the optimizer needs its tensors at hand, tensor by tensor."""
+    flat = engine.kind == "deepspeed" and engine.zero_stage > 0
+    reaching = [b.kind for b in (*recipe.gradients, *recipe.weights)]
+    if flat and (reaching or any(_rounds_state(recipe))):
+        raise ValueError(
+            f"engine.zero_stage = {engine.zero_stage}: recipe {recipe.name} has"
+            f" {', '.join(reaching) or 'optimizer_state'}, which work on single tensors, and ZeRO's partitions do not"
+            " know where one ends; use engine.kind: megatron, or zero_stage 0"
+        )
+    if optim.clip_grad > 0 and any(isinstance(control, QRamping) for control in recipe.weights):
+        raise ValueError(
+            f"optim.clip_grad = {optim.clip_grad}: recipe {recipe.name} has q_ramping, which collects gradients over"
+            " several steps and must not have them clipped one by one; set optim.clip_grad: 0"
+        )
+    if optim.kind == "adafactor" and not (engine.kind == "deepspeed" and engine.zero_stage == 0 and parallel.tp == 1):
+        raise ValueError(
+            f"optim.kind = adafactor with engine.kind = {engine.kind}"
+            f"{f', zero_stage {engine.zero_stage}' if engine.kind == 'deepspeed' else ''}, parallel.tp = {parallel.tp}:"
+            " its row and column factors need whole matrices, not flat pieces of them; use engine.kind: deepspeed with"
+            " zero_stage 0 and parallel.tp 1"
+        )
+    if optim.kind != "adamw" and (recipe.gradients or recipe.weights or any(_rounds_state(recipe))):
+        raise ValueError(
+            f"optim.kind = {optim.kind}: recipe {recipe.name} works on AdamW's moments and update; use adamw"
+        )
+
+
+def _rounds_state(recipe: Recipe) -> list[bool]:
+    states = [recipe.optimizer_state, *(p.optimizer_state for p in recipe.phases if p.enabled)]
+    return [state not in (None, OptimizerState()) for state in states]
 
 
 def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -91,15 +91,15 @@ def test_tagged_blocks() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("stochstic", "rounding.kind: 'stochstic' is not one of nearest, stochastic, eden; did you mean 'stochastic'?"),
-        ({"kind": "edn"}, "rounding.kind: 'edn' is not one of nearest, stochastic, eden; did you mean 'eden'?"),
-        ({"kind": ["eden"]}, "rounding.kind: ['eden'] is not one of nearest, stochastic, eden; did you mean 'eden'?"),
+        ("stochstic", "rounding.kind: 'stochstic' is not one of nearest, stochastic, eden, ema; did you mean 'stochastic'?"),
+        ({"kind": "edn"}, "rounding.kind: 'edn' is not one of nearest, stochastic, eden, ema; did you mean 'eden'?"),
+        ({"kind": ["eden"]}, "rounding.kind: ['eden'] is not one of nearest, stochastic, eden, ema; did you mean 'eden'?"),
         (
             {"align": "pre"},
-            "rounding: expected one of nearest, stochastic, eden, or a mapping with that `kind`; got {'align': 'pre'}",
+            "rounding: expected one of nearest, stochastic, eden, ema, or a mapping with that `kind`; got {'align': 'pre'}",
         ),
-        (3, "rounding: expected one of nearest, stochastic, eden, or a mapping with that `kind`; got 3"),
-        (None, "rounding: expected one of nearest, stochastic, eden, or a mapping with that `kind`; got None"),
+        (3, "rounding: expected one of nearest, stochastic, eden, ema, or a mapping with that `kind`; got 3"),
+        (None, "rounding: expected one of nearest, stochastic, eden, ema, or a mapping with that `kind`; got None"),
         (
             {"kind": "eden", "allign": "pre"},
             "rounding.allign: unknown key of Eden; did you mean 'align'?",
