@@ -9,9 +9,9 @@ from fp4dist.spec.frozen import frozen
 
 @frozen
 class GradNoise:
-    """When the gradient no longer stands out of its quantization noise (arXiv:2505.19115): |g| / |g_q - g| under `below`
-    (in root mean squares; sqrt 3 by the paper), measured on one micro-batch run twice, with and without quantized
-    backward operands.
+    """When the gradient no longer stands out of its quantization noise (arXiv:2505.19115): |g| / |g_q - g| under
+    `below` (in root mean squares; sqrt 3 by the paper), measured on one micro-batch run twice, with and without
+    quantized backward operands.
 
     every      steps between measurements;  after   first step measured
     momentum   of the moving average that is compared
