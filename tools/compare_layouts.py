@@ -204,7 +204,7 @@ def _compare(results: dict[str, Result], name: str) -> None:
 
 def _line(r: Result) -> str:
     if r.failure is not None or not r.losses:
-        return f"  FAILED: {r.failure or 'no losses'}; the end of its log:\n{_tail(Path(r.log))}"
+        return f"  FAILED: {r.failure or 'no losses'}; the end of its log:\n{tail(Path(r.log))}"
     text = f"  loss {r.losses[0]:.6f} -> {r.losses[-1]:.6f}, {r.tokens_per_s or 0:,.0f} tokens/s, {r.seconds:.0f} s"
     if r.largest_gap is None:
         return text
@@ -212,7 +212,7 @@ def _line(r: Result) -> str:
     return text + f"; to {reference}: largest gap {r.largest_gap:.2e}, {r.equal_steps} of {len(r.losses)} steps equal"
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
     """Its last lines that name an error; torchrun's own words come after those."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [

@@ -5,6 +5,6 @@ Importing this package registers every backend that is there; one that is not le
 
 from __future__ import annotations
 
-from fp4dist.kernels import cuda, reference
+from fp4dist.kernels import cuda, reference, triton
 
-__all__ = ["cuda", "reference"]
+__all__ = ["cuda", "reference", "triton"]

@@ -24,11 +24,15 @@ AUTO_ORDER: tuple[Backend, ...] = ("cuda", "triton", "reference")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of a kernel: the operand's spec (None for plain operands) and the device."""
+    """What is asked of a kernel: the operand's spec (None for plain operands) and the device.
+
+    sums   an operand of the GEMM is a sum of codes and something beside them (`fp4dist.numerics.tensor.PartedTensor`)
+    """
 
     op: Op
     spec: QuantSpec | None
     device: torch.device
+    sums: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,4 +116,6 @@ def _reason_against(request: Request, backend: Backend, config: BackendConfig) -
         return _MISSING.get(backend, f"has no {request.op}")
     if backend == "reference" and request.device.type != "cpu" and config.kind == "auto" and not config.allow_reference:
         return "refused on a GPU: backend.allow_reference is false"
+    if backend != "reference" and (request.sums or (request.spec is not None and request.spec.has_parts)):
+        return "multiplies codes alone, not what a split or an outlier leaves beside them"
     return found.supports(request)

@@ -48,6 +48,7 @@ def apply(
     raises               RecipeMismatch, ConfigError for a setting under which FP4 would silently be lost or wrong
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    refuse_unserved(recipe)
     models = [unwrap(chunk) for chunk in ([chunks] if isinstance(chunks, nn.Module) else chunks)]
     for model in models:
         check_config(getattr(model, "config", None), recipe)
@@ -157,6 +158,21 @@ def whole_model(models: Sequence[nn.Module], offsets: Sequence[int]) -> list[Lin
         )
     last = 1 + max((site.layer for site in found if site.layer is not None), default=0)
     return sorted(found, key=lambda site: last if site.layer is None else site.layer)  # stable: order inside a layer
+
+
+def refuse_unserved(recipe: Recipe) -> None:
+    """RecipeMismatch for a recipe of which Megatron-LM's own loop would lose a part.
+
+    It neither updates nor saves what a recipe keeps from step to step, and its learning rate knows no phases.
+    """
+    rates = [f"phases.{phase.name}.lr" for phase in recipe.phases if phase.enabled and phase.lr is not None]
+    for parts, lost in ((recipe.kept_state, "keeps state from step to step"), (rates, "sets the learning rate")):
+        if parts:
+            raise RecipeMismatch(
+                f"recipe {recipe.name} {lost} ({', '.join(parts)}), and the loop around this model, Megatron-LM's or"
+                " one's own, neither does that nor has it in its checkpoints: train with fp4dist's loop"
+                " (launch/pretrain.py with engine.kind: megatron), or use a recipe without it"
+            )
 
 
 def check_config(config: TransformerConfig | None, recipe: Recipe) -> None:

@@ -21,6 +21,7 @@ from fp4dist.numerics.tensor import BlockScaledTensor
 from fp4dist.spec.blocks import AbsMax, Ceil, Floor, FourOverSix, Nearest
 from fp4dist.spec.estimators import Straight
 from fp4dist.spec.recipe import LinearRecipe, QuantSpec
+from fp4dist.spec.splits import Channels, HotResidual
 from fp4dist.spec.statistics import Current
 
 
@@ -29,6 +30,9 @@ def why_whole(recipe: LinearRecipe) -> str | None:
     forward, backward = recipe.fprop.w, recipe.slot("dgrad.w")
     if forward is None:
         return "its forward GEMM reads the weight in high precision"
+    chooser = recipe.fprop.x.outlier if recipe.fprop.x is not None else None
+    if isinstance(chooser, Channels | HotResidual):
+        return f"fprop.x has outlier = {chooser.kind}, for which the weight needs more than its codes"
     if forward.draws_noise:
         return f"fprop.w ({forward.label()}) draws noise for each micro-batch"
     if forward.has_parts or not isinstance(forward.rounding, Nearest) or not isinstance(forward.estimator, Straight):

@@ -332,7 +332,7 @@ _OUT_OF_REACH = "its weight is frozen, shared with another module, or not one ma
 
 
 def _refuse_useless(applied: AppliedRecipe) -> None:
-    reasons = {why_whole(v) for row in applied.rows for v in applied.recipe.variants(row.linear)}
+    reasons = {why_whole(v) for a in applied.assigned.rows for v in a.variants(applied.recipe)}
     if applied.rows and None not in reasons:
         raise RecipeMismatch(
             f"fp4_param_gather: no weight can travel as codes under recipe {applied.recipe.name}"
@@ -346,7 +346,8 @@ def _later_phases(applied: AppliedRecipe) -> Iterator[str]:
     recipe = applied.recipe
     for phase in recipe.phases:
         if phase.enabled and phase.name not in applied.active:
-            turned = {(why_whole(recipe.linear(a)), why_whole(recipe.linear(b))) for a, b in phase.use.items()}
+            pairs = {(a.linear, a.during(recipe, {phase.name})[0]) for a in applied.assigned.rows}
+            turned = {(why_whole(recipe.linear(a)), why_whole(recipe.linear(b))) for a, b in pairs}
             for before, after in turned:
                 if before is None and after is not None:
                     yield f"  from phase {phase.name} on the weights that it changes: {after}"

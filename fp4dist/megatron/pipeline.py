@@ -27,7 +27,7 @@ from torch import nn
 from fp4dist import env
 from fp4dist.errors import ConfigError, DependencyError, RecipeMismatch
 from fp4dist.megatron.attention import SdpaAttention
-from fp4dist.megatron.chunks import MicroBatches, apply, unwrap
+from fp4dist.megatron.chunks import MicroBatches, apply, refuse_unserved, unwrap
 from fp4dist.megatron.masks import CausalMasks
 from fp4dist.megatron.norm import fused_norm
 from fp4dist.megatron.recompute import keep_clock_on_replay
@@ -95,10 +95,12 @@ def install(
     allow_recipe_change  load checkpoints of another recipe
     keep_masks           pass the dataloader's attention masks on even where they are plainly causal
     returns              the Installation; a second call with the same arguments returns the first one's
-    raises               ConfigError when a model exists already or another recipe is installed; DependencyError
+    raises               ConfigError when a model exists already or another recipe is installed; DependencyError;
+                         RecipeMismatch for a recipe of which Megatron-LM's loop would lose a part
     """
     global _installed
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    refuse_unserved(recipe)
     wanted = Installation(recipe, seed, backend, allow_recipe_change, keep_masks)
     if _installed is not None:
         return _same(_installed, wanted)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,14 +16,20 @@ from torch import nn
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.assign import Assignments, assign, check_shapes
 from fp4dist.nn.clock import Clock
+from fp4dist.nn.controllers import ControlledLinear, Controllers
 from fp4dist.nn.gather import gather_words
 from fp4dist.nn.linear import Fp4Conv1D, Fp4Linear, convert, is_conv1d, revert
-from fp4dist.nn.plan import FP4, LinearPlan, Tally, resolve_kernels
+from fp4dist.nn.phases import Phases, describe, names
+from fp4dist.nn.plan import FP4, HIGH, SIDE, LinearPlan, Tally, resolve_kernels
 from fp4dist.nn.report import LinearRow, fp4_share, table_json, table_text
 from fp4dist.nn.sites import Fp4Module, LinearSite, check_numbers, experts_of, find_linears, named_modules
 from fp4dist.spec.load import load_recipe
 from fp4dist.spec.recipe import BLOCK_ROLES, GEMMS, LinearRecipe, Recipe
 from fp4dist.spec.run import BackendConfig
+from fp4dist.spec.training import OptimizerState
+
+if TYPE_CHECKING:
+    from fp4dist.nn.optimizer import OptimizerControl
 
 
 @dataclass(slots=True)
@@ -49,10 +56,24 @@ class AppliedRecipe:
     before: tuple[tuple[LinearRow, ...], ...] = ()  # tables that phases have replaced since the counters were reset
     data_parallel: tuple[int, int] | None = None  # (rank, size); None: torch.distributed's, for a plain model
     tokens: int | None = None  # of one micro-batch on one context-parallel rank, where known
+    chunks: tuple[tuple[nn.Module, int], ...] = ()  # the model's, with the global number of their first layer
+    optimizer: OptimizerControl | None = None  # what acts around the optimizer's step, once one is attached
+    assigned: Assignments = field(default_factory=lambda: Assignments((), ()))  # every linear's rules, phases' too
+    controllers: Controllers | None = None  # what scales and channel choices keep between steps; None: no model here
+    entered: bool = False  # whether set_step has been called
+    phases: Phases = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.phases = Phases(self.recipe)
 
     def table(self) -> str:
-        """The table for the log."""
-        return table_text(self.rows, self.recipe, self.remarks)
+        """The table for the log, with what phases will change."""
+        turned = {}
+        for phase in self.recipe.phases:
+            pairs = [(row.linear, row.during(self.recipe, {phase.name})[0]) for row in self.assigned.rows]
+            changes = Counter((before, after) for before, after in pairs if before != after)
+            turned[phase.name] = [f"{a} -> {b} ({n} linears)" for (a, b), n in changes.items()]
+        return "\n".join([table_text(self.rows, self.recipe, self.remarks), *describe(self.recipe, turned)])
 
     def to_json(self) -> dict[str, Any]:
         """The content of layers.json."""
@@ -64,19 +85,100 @@ class AppliedRecipe:
         micro_batch   which micro-batch of the step this rank runs next: with gradient accumulation call `set_step`
                       before each, or they share their noise. Ranks of `data_parallel` never share it.
         """
-        self.clock.step = step
+        if step >= 1 and self.optimizer is None and self.recipe.steers_optimizer:
+            raise RecipeMismatch(
+                f"step {step}: recipe {self.recipe.name} acts around the optimizer's step, and no optimizer was given"
+                " to it: call fp4dist.nn.optimizer.attach_optimizer(applied, optimizer, total_steps) before step 0"
+            )
+        if self.entered and step != self.clock.step:
+            self.settle()
+        self.clock.step, self.entered = step, True
+        if self.controllers is not None:
+            self.controllers.enter(step)
         self.set_micro_batch(micro_batch)
-        starts = {p.name: p.start(total) for p in self.recipe.phases if p.enabled}
-        due = frozenset(name for name, start in starts.items() if start is not None and step >= start)
-        if due == self.active:
-            return []
-        started = sorted(due - self.active)
-        self.active = due
-        self._switch()
-        return [
-            f"step {step}: phase {name} starts, {fp4_share(self.rows):.1%} of block-linear FLOPs in FP4"
-            for name in started
-        ]
+        self.phases.enter(step, total)
+        return self._follow_phases()
+
+    def settle(self, lr: float | None = None) -> None:
+        """End the present step: kept statistics and choices of channels take what all ranks have seen in it.
+
+        A collective call of the whole world, once after each optimizer step; `set_step` makes it where nobody did.
+        lr   the run's present learning rate, which `amax: learned` needs
+        """
+        if self.controllers is not None:
+            self.controllers.settle(self.clock.step, lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run keeps from step to step beside weights and the optimizer's tensors: CPU tensors and plain values.
+
+        The same on every rank and for every layout. Call it between steps, after `settle`.
+        """
+        return {
+            "controllers": self.controllers.state_dict() if self.controllers is not None else None,
+            "phases": self.phases.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, after weights and optimizer have been loaded; then call `set_step`.
+
+        Raises CheckpointError where the state is another recipe's or model's.
+        """
+        if self.controllers is not None and state["controllers"] is not None:
+            self.controllers.load_state_dict(state["controllers"])
+        self.phases.load_state_dict(state["phases"])
+        if self.optimizer is not None and state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    @property
+    def optimizer_state(self) -> OptimizerState | None:
+        """Dtypes of master weights and moments in the running phase; None where nothing is said: fp32."""
+        return self.phases.optimizer_state
+
+    def start_phase(self, name: str, reason: str = "asked for") -> list[str]:
+        """Start phase `name`, which waits for a trigger, at the step of the last `set_step`; returns what to log.
+
+        On every rank at the same step. Raises ConfigError for a phase that waits for none or runs already.
+        """
+        self.phases.trigger(name, reason)
+        return self._follow_phases()
+
+    @property
+    def measures_noise(self) -> bool:
+        """Whether a phase wants the gradient's noise measured at this step (`observe_noise`), before it trains."""
+        return bool(self.phases.measuring()) and any(_rounds_backward(row) for row in self.rows)
+
+    def observe_noise(self, ratio: float) -> list[str]:
+        """Take this step's measured |g| / |g_q - g|, equal on every rank; returns what to log.
+
+        g and g_q are the gradients, on one micro-batch, of the weights in `noisy_weights`, without and with quantized
+        backward operands (`aside`).
+        """
+        self.phases.measured(ratio)
+        return self._follow_phases()
+
+    def noisy_weights(self) -> list[nn.Parameter]:
+        """This rank's weights whose gradients have quantized operands behind them."""
+        rows = {row.site.path: row for row in self.rows}
+        modules = [t.module for t in self.targets if _rounds_backward(rows[t.site.path])]
+        return [w for m in modules if isinstance(w := getattr(m, "weight", None), nn.Parameter)]
+
+    @contextmanager
+    def aside(self, *, high_precision_backward: bool = False) -> Iterator[None]:
+        """Inside, forward and backward passes leave no trace in counters and controllers.
+
+        high_precision_backward   no backward operand is quantized; forward passes are the same, noise included
+        """
+        modules = [t.module for t in self.targets]
+        kept = [module.plan for module in modules]
+        try:
+            for module, plan in zip(modules, kept, strict=True):
+                if plan is not None:
+                    module.set_plan(plan.aside(high_precision_backward))
+            yield
+        finally:
+            for module, plan in zip(modules, kept, strict=True):
+                module.set_plan(plan)
 
     def set_micro_batch(self, micro_batch: int) -> None:
         """Enter this rank's micro-batch number `micro_batch` of the step.
@@ -129,7 +231,7 @@ class AppliedRecipe:
             tally = _tally(target)
             for gemm in GEMMS:
                 planned = {table[target.site.path][gemm] for table in tables}
-                ran = {kind for g, kind in tally.calls if g == gemm}
+                ran = {kind for g, kind in tally.calls if g == gemm and kind != SIDE}
                 if not (ran and ran <= planned) and not (gemm in tally.unneeded and not ran):
                     raise RecipeMismatch(
                         f"{target.site.path} {gemm}: the table promises {_either(planned)}, but"
@@ -145,16 +247,32 @@ class AppliedRecipe:
     def _block_targets(self) -> list[Target]:
         return [t for t in self.targets if t.site.role in BLOCK_ROLES] or list(self.targets)
 
+    def _follow_phases(self) -> list[str]:
+        """Make the phases that should run run; what to log of those that start."""
+        running = self.phases.running()
+        new = [start for start in running if start.phase not in self.active]
+        left = self.active - names(running)
+        if not (new or left):
+            return []
+        turned = {p.name for p in self.recipe.phases if p.use or p.assign}
+        self.active = names(running)
+        if turned & (left | names(new)):
+            self._switch()
+        share = f"{fp4_share(self.rows):.1%} of block-linear FLOPs in FP4"
+        now = self.clock.step
+        return [
+            f"step {now}: phase {s.phase} {'starts' if s.step == now else f'runs since step {s.step}'} ({s.reason}),"
+            f" {share}"
+            for s in new
+        ]
+
     def _switch(self) -> None:
-        """Give every linear the LinearRecipe of the running phases; later phases win."""
-        use: dict[str, str] = {}
-        for phase in self.recipe.phases:
-            if phase.name in self.active:
-                use.update(phase.use)
-        assigned = assign([row.site for row in self.rows], self.recipe)
+        """Give every linear the LinearRecipe of the running phases."""
         self.before = (*self.before, self.rows)
-        self.rows = _rows(assigned, self.recipe, use)
+        self.rows = _rows(self.assigned, self.recipe, self.active)
         _give_plans(self)
+        if self.optimizer is not None:
+            self.optimizer.plans_changed()
 
 
 def apply_recipe(
@@ -195,7 +313,7 @@ def apply_recipe(
     backend = backend or BackendConfig()
     targets = []
     for chunk, site, _, module in found:
-        variants = recipe.variants(assigned.named(site.path).linear)
+        variants = assigned.named(site.path).variants(recipe)
         target = _ready(module, site.path, all(v.is_high_precision for v in variants))
         if target is not None:
             targets.append(Target(site, target, _device(target, chunk)))
@@ -204,15 +322,19 @@ def apply_recipe(
     applied = AppliedRecipe(
         recipe=recipe,
         clock=Clock(seed=seed),
-        rows=_rows(assigned, recipe, {}),
+        rows=_rows(assigned, recipe),
         remarks=assigned.remarks,
+        assigned=assigned,
         targets=tuple(targets),
         backend=backend,
         uncounted=sum(site.role in BLOCK_ROLES and site.path not in reached for _, site, _, _ in found),
         data_parallel=data_parallel,
         tokens=tokens,
+        chunks=tuple(zip(chunks, offsets, strict=True)),
     )
     _refuse_unreachable(applied, chunks, {site.layer for _, site, _, _ in found})
+    applied.controllers = _controllers(applied)
+    applied.controllers.replicas = (data_parallel or _data_parallel(targets))[1]
     _give_plans(applied)
     applied.set_micro_batch(0)
     applied.reset_counts()  # a recipe applied earlier has left its own
@@ -228,17 +350,23 @@ def plan_table(
     """
     assigned = assign(sites, recipe)
     for row in assigned.rows:
-        for linear in recipe.variants(row.linear):
+        for linear in row.variants(recipe):
             check_shapes(row.site, linear, tokens=tokens, tp=tp, cp=cp)
-    return AppliedRecipe(recipe, Clock(), _rows(assigned, recipe, {}), assigned.remarks, (), BackendConfig())
+    rows, remarks = _rows(assigned, recipe), assigned.remarks
+    return AppliedRecipe(recipe, Clock(), rows, remarks, (), BackendConfig(), assigned=assigned)
 
 
-def _rows(assigned: Assignments, recipe: Recipe, use: Mapping[str, str]) -> tuple[LinearRow, ...]:
+def _rows(assigned: Assignments, recipe: Recipe, running: Collection[str] = ()) -> tuple[LinearRow, ...]:
     rows = []
     for a in assigned.rows:
-        name = use.get(a.linear, a.linear)
-        rows.append(LinearRow(a.site, name, recipe.linear(name), a.why, {}))
+        name, why = a.during(recipe, running)
+        rows.append(LinearRow(a.site, name, recipe.linear(name), why, {}))
     return tuple(rows)
+
+
+def _rounds_backward(row: LinearRow) -> bool:
+    """Whether a backward GEMM of the linear has a quantized operand."""
+    return any(row.kinds()[gemm] != HIGH for gemm in ("dgrad", "wgrad"))
 
 
 def _check_variants(
@@ -269,11 +397,23 @@ def _give_plans(applied: AppliedRecipe) -> None:
         )
         if target.module.plan is not None:
             plan.tally = target.module.plan.tally
+        if applied.controllers is not None:
+            plan.controls = applied.controllers.slots(target.site.path, row.recipe, target.module.comm)
         target.module.set_plan(plan)
         backends = {name: kernel.backend for name, kernel in plan.kernels.items()}
         gather = gather_words(row.recipe, target.module.comm, applied.tokens)
         updated[i] = LinearRow(row.site, row.linear, row.recipe, row.why, backends, gather)
     applied.rows = tuple(updated)
+
+
+def _controllers(applied: AppliedRecipe) -> Controllers:
+    """What every linear of the whole model may come to keep."""
+    linears = [
+        ControlledLinear(a.site.path, a.site.in_features, a.variants(applied.recipe)) for a in applied.assigned.rows
+    ]
+    parameter = next((p for chunk, _ in applied.chunks for p in chunk.parameters()), None)
+    devices = [target.device for target in applied.targets] + ([parameter.device] if parameter is not None else [])
+    return Controllers(linears, devices[0] if devices else torch.device("cpu"))
 
 
 def _ready(module: nn.Module, path: str, high_precision: bool) -> Fp4Module | None:
@@ -300,7 +440,8 @@ def _refuse_unreachable(applied: AppliedRecipe, chunks: Sequence[nn.Module], loc
     shared = {experts_of(path) for path in reached} - {None}  # expert parallelism: this rank runs a part of them
     for row in applied.rows:
         site = row.site
-        if site.path in reached or all(v.is_high_precision for v in applied.recipe.variants(row.linear)):
+        variants = applied.assigned.named(site.path).variants(applied.recipe)
+        if site.path in reached or all(v.is_high_precision for v in variants):
             continue
         elsewhere = site.path not in held if site.layer is None else site.layer not in local_layers
         if elsewhere or experts_of(site.path) in shared:  # on another pipeline stage or expert-parallel rank

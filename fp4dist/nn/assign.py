@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -14,17 +14,50 @@ from fp4dist.nn.comm import SLOT_DIMS, Dim
 from fp4dist.nn.sites import LinearSite
 from fp4dist.spec.blocks import Quest, Sawb
 from fp4dist.spec.recipe import HIGH_PRECISION, SLOTS, LinearRecipe, Recipe, Rule
+from fp4dist.spec.splits import LowRank
 
 UNMATCHED = "no rule matches"
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What one site runs: `linear` is a name in the recipe, `why` says which rule decided."""
+    """What one site runs: `linear` is a name in the recipe, `why` says which rule decided.
+
+    in_phase   phase -> (linear, why), of the enabled phases that have a rule for this site
+    """
 
     site: LinearSite
     linear: str
     why: str
+    in_phase: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def during(self, recipe: Recipe, running: Collection[str]) -> tuple[str, str]:
+        """(linear, why) while the phases named in `running` run.
+
+        Phases act in the recipe's order, so later ones win. A phase's rule comes before all earlier ones; its `use`
+        turns the names that rules have given, not what an earlier `use` has made of them.
+        """
+        given, linear, why = self.linear, self.linear, self.why
+        for phase in recipe.phases:
+            if phase.name not in running:
+                continue
+            if phase.name in self.in_phase:
+                linear, why = self.in_phase[phase.name]
+                given = linear
+            elif given in phase.use:
+                linear = phase.use[given]
+        return linear, why
+
+    def variants(self, recipe: Recipe) -> list[LinearRecipe]:
+        """Every LinearRecipe that this site can come to run under, its first one first."""
+        given, names = [self.linear], [self.linear]
+        for phase in (p for p in recipe.phases if p.enabled):
+            if phase.name in self.in_phase:
+                given.append(self.in_phase[phase.name][0])
+                names.append(given[-1])
+            else:
+                names += [phase.use[name] for name in given if name in phase.use]
+        return [recipe.linear(name) for name in dict.fromkeys(names)]
 
 
 @dataclass(frozen=True)
@@ -49,19 +82,23 @@ class Assignments:
 
 
 def assign(sites: Sequence[LinearSite], recipe: Recipe) -> Assignments:
-    """Apply the ordered rules; the first match wins. Raises RecipeMismatch where a rule cannot match."""
+    """Apply the ordered rules, and those of enabled phases; the first match wins.
+
+    Raises RecipeMismatch where a rule cannot match.
+    """
     num_layers = 1 + max((s.layer for s in sites if s.layer is not None), default=-1)
     remarks: list[str] = []
-    reach = [_reach(rule, i, sites, num_layers, remarks) for i, rule in enumerate(recipe.rules)]
+
+    def reach(rules: Sequence[Rule], prefix: str = "") -> list[_Reach]:
+        return [_reach(rule, f"{prefix}rule {i}", sites, num_layers, remarks) for i, rule in enumerate(rules)]
+
+    own = reach(recipe.rules)
+    phases = {p.name: reach(p.assign, f"phase {p.name}, ") for p in recipe.phases if p.enabled and p.assign}
     rows = []
     for site in sites:
-        hit = next((i for i, paths in enumerate(reach) if site.path in paths), None)
-        if hit is None:
-            rows.append(Assignment(site, HIGH_PRECISION, UNMATCHED))
-        else:
-            rule = recipe.rules[hit]
-            rows.append(Assignment(site, rule.linear, f"rule {hit}: {describe(rule, num_layers)}"))
-    if recipe.wants_fp4 and all(recipe.linear(r.linear).is_high_precision for r in rows):
+        in_phase = {name: hit for name, rules in phases.items() if (hit := _first(rules, site)) is not None}
+        rows.append(Assignment(site, *(_first(own, site) or (HIGH_PRECISION, UNMATCHED)), in_phase))
+    if recipe.wants_fp4 and all(v.is_high_precision for row in rows for v in row.variants(recipe)):
         raise RecipeMismatch(_nothing_became_fp4(rows, recipe))
     return Assignments(tuple(rows), tuple(remarks))
 
@@ -95,6 +132,12 @@ def check_shapes(site: LinearSite, recipe: LinearRecipe, *, tokens: int | None, 
         for dim, multiple in zip(SLOT_DIMS[slot], (spec.rows_multiple, spec.columns_multiple), strict=True):
             size = sizes[dim]
             ranks = tp if dim == site.split else 1
+            if isinstance(spec.split, LowRank) and (ranks > 1 or (dim == "T" and cp > 1)):
+                raise RecipeMismatch(
+                    f"{site.path} {slot}: split = lowrank needs the whole matrix, but its {names[dim]} are split over"
+                    f" {'tp' if ranks > 1 else 'cp'} = {ranks if ranks > 1 else cp} ranks; use tp 1 and cp 1, split:"
+                    " mean, or give this layer to bf16 with a rule"
+                )
             pieces = site.pieces if ranks > 1 and dim == "O" else 2 if cp > 1 and dim == "T" else 1
             if size is not None and size % (multiple * ranks * pieces):  # a block must not straddle two of the pieces
                 cut = f" / {pieces} {'pieces of the sequence' if dim == 'T' else 'stacked'}" if pieces > 1 else ""
@@ -134,12 +177,26 @@ def _check_filled(site: LinearSite, recipe: LinearRecipe) -> None:
             )
 
 
-def _reach(rule: Rule, index: int, sites: Sequence[LinearSite], num_layers: int, remarks: list[str]) -> set[str]:
-    """Paths that a rule's conditions select, ignoring earlier rules."""
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """What one rule gives, why, and to which paths."""
+
+    linear: str
+    why: str
+    paths: frozenset[str]
+
+
+def _first(rules: Sequence[_Reach], site: LinearSite) -> tuple[str, str] | None:
+    """(linear, why) of the first of `rules` that reaches `site`."""
+    return next(((r.linear, r.why) for r in rules if site.path in r.paths), None)
+
+
+def _reach(rule: Rule, name: str, sites: Sequence[LinearSite], num_layers: int, remarks: list[str]) -> _Reach:
+    """What a rule's conditions select, ignoring earlier rules."""
     if rule.roles is not None:
         lacking = [role for role in rule.roles if all(site.role != role for site in sites)]
         if lacking:
-            remarks.append(f"rule {index}: the model has no {', '.join(lacking)}")
+            remarks.append(f"{name}: the model has no {', '.join(lacking)}")
     selected = {site.path for site in sites if _matches(rule, site, num_layers)}
     absent_roles = rule.roles is not None and all(all(s.role != role for s in sites) for role in rule.roles)
     lost_path = rule.path is not None and not any(fnmatchcase(s.path, rule.path) for s in sites)
@@ -147,10 +204,10 @@ def _reach(rule: Rule, index: int, sites: Sequence[LinearSite], num_layers: int,
         near = get_close_matches(rule.path or "", [s.path for s in sites], 1, cutoff=0.3)
         hint = f"; nearest module path: '{near[0]}'" if near else ""
         raise RecipeMismatch(
-            f"rule {index} ({describe(rule, num_layers)}) matches no linear of the model's {num_layers} layers{hint};"
+            f"{name} ({describe(rule, num_layers)}) matches no linear of the model's {num_layers} layers{hint};"
             " fix its roles, layers or path, or remove it"
         )
-    return selected
+    return _Reach(rule.linear, f"{name}: {describe(rule, num_layers)}", frozenset(selected))
 
 
 def _matches(rule: Rule, site: LinearSite, num_layers: int) -> bool:

@@ -4,14 +4,16 @@
     dX[T,I] = dY[T,O] (W^T[I,O])^T      backward, communication of dX overlaps the next line
     dW[O,I] = dY^T[O,T] (X^T[I,T])^T
 
-Kept between forward and backward is what the backward slots' sources ask for: packed codes for `requant` and `reuse`
-(0.5625 bytes an element), the high-precision tensor for `master` and bf16; under sequence parallelism this rank's part
-of either. A GEMM without quantized operands runs the very calls of Megatron-core's own linear, so that an all-bf16
-recipe gives its bits (those that it gives without Apex's fused accumulation into `main_grad`, which is not used here).
+Kept between forward and backward is what the backward slots' sources ask for: packed codes for `requant`, `reuse` and
+`dequant` (0.5625 bytes an element), the high-precision tensor for `master` and bf16; under sequence parallelism this
+rank's part of either; and what gradients need to pass the forward quantizers (`nn.estimators`). A GEMM without
+quantized operands runs the very calls of Megatron-core's own linear, so that an all-bf16 recipe gives its bits (those
+that it gives without Apex's fused accumulation into `main_grad`, which is not used here).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fp4dist.nn.comm import LinearComm
+from fp4dist.nn.estimators import keep_w, keep_x, pass_w, pass_x, passes_late
 from fp4dist.nn.gather import TokenGather, Wait
 from fp4dist.nn.plan import HIGH, LinearPlan, Operand
-from fp4dist.numerics.tensor import BlockScaledTensor
+from fp4dist.numerics.tensor import Quantized, pack, unpack
 
-Codes = BlockScaledTensor | None
+Codes = Quantized | None
 
 
 def fp4_linear(x: Tensor, weight: Tensor, plan: LinearPlan, comm: LinearComm) -> Tensor:
@@ -45,6 +48,7 @@ class Fp4LinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, plan: LinearPlan, comm: LinearComm, training: bool
     ) -> Tensor:
         """Quantize x and w, multiply, keep what backward needs."""
+        plan.training = training
         gather = TokenGather(plan, comm, counted=training)
         if plan.kind("fprop") == HIGH:
             full_x = gather.whole("fprop.x", x)() if comm.token_shard == "x" else x
@@ -59,6 +63,7 @@ class Fp4LinearFunction(torch.autograd.Function):
             y = y.unflatten(0, _leading(x, comm, "x"))
         if training:
             ctx.plan, ctx.comm, ctx.clock = plan, comm, (plan.clock.step, plan.clock.micro_batch)
+            ctx.filled = plan.filled
             ctx.weight = weight  # the parameter itself: backward looks for its main_grad
             _save(ctx, x, x_q, w_q)
         return comm.reduce_y(y)
@@ -68,19 +73,26 @@ class Fp4LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
         """Both gradients; noise is keyed by the step and micro-batch of this layer's forward."""
         plan, comm, weight = ctx.plan, ctx.comm, ctx.weight
+        plan.training, plan.filled = True, ctx.filled
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         plan.tally.unneeded.update(g for g, needed in (("dgrad", needs_dx), ("wgrad", needs_dw)) if not needed)
-        x, x_q, w_q = _restore(ctx)
+        (kept,) = restore(ctx)
+        x, x_q, w_q = kept.x, kept.x_q, kept.w_q
         gather, leading = TokenGather(plan, comm), _leading(dy, comm, "y")
         with plan.clock.at(*ctx.clock), torch.autocast(dy.device.type, enabled=False):
             dy_TO, dy_OT, whole_dy = gather.gradient(dy, needs_dx, needs_dw)
             tokens = leading.numel()
             x_IT = gather.backward_x(x, x_q, tokens, dy.element_size()) if needs_dw else None  # travels under dgrad
             dx = _dgrad(plan, comm, dy_TO, whole_dy, w_q, weight, dy.dtype, leading) if needs_dx else None
+            if dx is not None and not passes_late(comm):
+                dx = pass_x(plan, dx, kept.passing_x)
             operands = (dy_OT(), x_IT()) if x_IT is not None else None  # before: their amax would wait for dX behind it
             finish_dx = comm.reduce_dx(dx) if dx is not None else None  # travels under wgrad's GEMM
-            dw = _wgrad(plan, *operands) if operands is not None else None
-        dx = finish_dx() if finish_dx is not None else None
+            dw = _wgrad(plan, *operands, dy.dtype) if operands is not None else None
+            dw = pass_w(plan, dw, weight, kept.passing_w) if dw is not None else None
+            dx = finish_dx() if finish_dx is not None else None
+            if dx is not None and passes_late(comm):
+                dx = pass_x(plan, dx, kept.passing_x)
         return dx, hand_over(weight, dw) if dw is not None else None, None, None, None
 
 
@@ -97,13 +109,29 @@ def _dgrad(
     """[..., I] in dY's dtype; under tensor parallelism a partial sum."""
     if plan.kind("dgrad") == HIGH:
         plan.count("dgrad", leading.numel(), weight.shape[1], weight.shape[0])
-        return whole_dy().matmul(weight.to(dtype))  # type: ignore[arg-type]
-    wt_q = plan.backward_operand("dgrad.w", w_q, weight, comm)
+        w = high_precision_weight(plan, w_q, weight, comm)
+        return whole_dy().matmul(w.to(dtype))  # type: ignore[arg-type]
+    wt_q = in_dtype(plan.backward_operand("dgrad.w", w_q, weight, comm), dtype)
     return plan.matmul("dgrad", dy_TO(), wt_q).to(dtype).unflatten(0, leading)
 
 
-def _wgrad(plan: LinearPlan, dy_OT: Operand, x_IT: Operand) -> Tensor:
+def high_precision_weight(plan: LinearPlan, w_q: Codes, weight: Tensor, comm: LinearComm) -> Tensor:
+    """[O, I] what a dgrad without quantized operands multiplies: the weight, or the values that its codes have."""
+    if not plan.recipe.dequantized("dgrad.w"):
+        return weight
+    w_IO = plan.backward_operand("dgrad.w", w_q, None, comm)
+    assert isinstance(w_IO, Tensor)
+    return w_IO.t()
+
+
+def in_dtype(operand: Operand, dtype: torch.dtype) -> Operand:
+    """A high-precision operand in the model's dtype."""
+    return operand.to(dtype) if isinstance(operand, Tensor) else operand
+
+
+def _wgrad(plan: LinearPlan, dy_OT: Operand, x_IT: Operand, dtype: torch.dtype) -> Tensor:
     """[O, I]: fp32 if quantized, else in dY's dtype."""
+    x_IT = in_dtype(x_IT, dtype)
     if plan.kind("wgrad") == HIGH:
         assert isinstance(dy_OT, Tensor)
         assert isinstance(x_IT, Tensor)
@@ -128,27 +156,69 @@ def hand_over(weight: Tensor, dw: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, x: Tensor, x_q: Operand, w_q: Operand) -> None:
-    """Keep for backward: the codes a slot reuses, the input where a slot starts from the master; nothing for a gradient
-    that nobody asked for.
+    """Keep for backward: the codes a slot starts from, the input where a slot starts from the master, what gradients
+    need to pass the quantizers; nothing for a gradient that nobody asked for.
     """
-    recipe = ctx.plan.recipe
-    needs_dx, needs_dw = ctx.needs_input_grad[:2]
+    plan, (needs_dx, needs_dw) = ctx.plan, ctx.needs_input_grad[:2]
+    kept = Kept(
+        x_q=codes_for(plan, "wgrad.x", x_q) if needs_dw else None,
+        w_q=codes_for(plan, "dgrad.w", w_q) if needs_dx else None,
+        passing_x=keep_x(plan, ctx.comm, x, x_q) if needs_dx else [],
+        passing_w=keep_w(plan, w_q) if needs_dw else [],
+    )
+    kept.x = x if needs_dw and kept.x_q is None else None
+    save(ctx, kept)
+
+
+def codes_for(plan: LinearPlan, slot: str, operand: Operand) -> Codes:
+    """The forward `operand`, if backward `slot` starts from its codes."""
+    return operand if plan.recipe.reads_codes(slot) and not isinstance(operand, Tensor) else None
+
+
+@dataclass(slots=True)
+class Kept:
+    """What one linear keeps between forward and backward; each None or empty where nothing needs it.
+
+    x             [..., I] this rank's input;  x_q, w_q   forward codes
+    passing_x     of `nn.estimators.keep_x`;  passing_w   of `keep_w`
+    """
+
+    x: Tensor | None = None
+    x_q: Codes = None
+    w_q: Codes = None
+    passing_x: list[Tensor] = field(default_factory=list)
+    passing_w: list[Tensor] = field(default_factory=list)
+
+
+def save(ctx: Any, *several: Kept) -> None:
+    """Save all tensors of `several` for backward, and in `ctx.kept` how they go together."""
     tensors: list[Tensor] = []
-    ctx.codes = {}
-    for name, operand, slot, needed in (("x", x_q, "wgrad.x", needs_dw), ("w", w_q, "dgrad.w", needs_dx)):
-        spec = recipe.slot(slot)
-        if needed and spec is not None and spec.source != "master" and isinstance(operand, BlockScaledTensor):
-            ctx.codes[name] = (len(tensors), operand)
-            tensors += [operand.codes, operand.scales, operand.global_scale]
-    ctx.x_index = len(tensors) if needs_dw and "x" not in ctx.codes else None
-    if ctx.x_index is not None:
-        tensors.append(x)
-    ctx.codes = {name: (i, (q.format, q.block, q.rotation)) for name, (i, q) in ctx.codes.items()}
+    ctx.kept = []
+
+    def add(new: list[Tensor]) -> slice:
+        tensors.extend(new)
+        return slice(len(tensors) - len(new), len(tensors))
+
+    for kept in several:
+        where: dict[str, Any] = {}
+        for name in ("x_q", "w_q"):
+            codes = getattr(kept, name)
+            if codes is not None:
+                parts, layout = pack(codes)
+                where[name] = (add(parts), layout)
+        where["x"] = add([kept.x]) if kept.x is not None else None
+        where["passing"] = add(kept.passing_x), add(kept.passing_w)
+        ctx.kept.append(where)
     ctx.save_for_backward(*tensors)
 
 
-def _restore(ctx: Any) -> tuple[Tensor | None, Codes, Codes]:
-    """(x, forward codes of x, forward codes of w), each None where it was not kept."""
+def restore(ctx: Any) -> list[Kept]:
+    """What `save` was given."""
     saved = ctx.saved_tensors
-    codes = {name: BlockScaledTensor(*saved[i : i + 3], *rest) for name, (i, rest) in ctx.codes.items()}
-    return saved[ctx.x_index] if ctx.x_index is not None else None, codes.get("x"), codes.get("w")
+    several = []
+    for where in ctx.kept:
+        codes = {name: unpack(saved[where[name][0]], where[name][1]) for name in ("x_q", "w_q") if name in where}
+        x = saved[where["x"]][0] if where["x"] is not None else None
+        passing = [list(saved[part]) for part in where["passing"]]
+        several.append(Kept(x, codes.get("x_q"), codes.get("w_q"), *passing))
+    return several

@@ -7,10 +7,11 @@ NVFP4 1x16 instead of 2. An operand that contracts I or O is a shard of rows, on
     slot                        packed if                                                otherwise
     bf16                                                                                 high precision
     amax_scope: shard, scales of rows or of the whole tensor, several samples, 8 bits      high precision
+    a split or outlier of its own, or channels that the GEMM's other operand has chosen     high precision
     fprop.x, dgrad.dy           a rank's runs of tokens are multiples of the block's rows    high precision
     wgrad.dy, wgrad.x (master)  ... of the columns that its blocks and rotation need         high precision
     wgrad.x (requant)           ... likewise: each rank requantizes its part                 forward codes, then requant
-    wgrad.x (reuse)             the forward codes are gathered, then read transposed
+    wgrad.x (reuse, dequant)    the forward codes are gathered, then read transposed, or their values taken
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fp4dist.nn.comm import SLOT_DIMS, LinearComm, token_runs
+from fp4dist.nn.parts import parted_slots
 from fp4dist.nn.plan import LinearPlan, Operand, Tally
-from fp4dist.numerics.tensor import BlockScaledTensor
+from fp4dist.numerics.tensor import BlockScaledTensor, Quantized
 from fp4dist.spec.recipe import LinearRecipe, QuantSpec
 
 Wait = Callable[[], Operand]
@@ -47,10 +49,10 @@ def gather_words(recipe: LinearRecipe, comm: LinearComm, tokens: int | None) -> 
         return {}
     slots = ("fprop.x", "wgrad.x") if comm.token_shard == "x" else ("dgrad.dy", "wgrad.dy")
     part = tokens // comm.size if tokens is not None else ROUND_SIZE * comm.size
-    packed = {slot: packs(recipe.slot(slot), slot, comm, part) for slot in slots}
+    parted = parted_slots(recipe)
+    packed = {slot: slot not in parted and packs(recipe.slot(slot), slot, comm, part) for slot in slots}
     if comm.token_shard == "x":
-        spec = recipe.slot("wgrad.x")
-        if spec is not None and spec.source != "master":
+        if recipe.reads_codes("wgrad.x"):
             packed["wgrad.x"] = packed["fprop.x"]  # from forward codes, which travel in either direction
             if not packed["fprop.x"]:
                 del packed["wgrad.x"]  # the rank has kept the codes of all tokens
@@ -80,7 +82,7 @@ class TokenGather:
         operand = plan.quantize("fprop.x", whole.flatten(0, -2), comm)
         return lambda: operand, operand
 
-    def backward_x(self, x: Tensor | None, codes: BlockScaledTensor | None, tokens: int, itemsize: int) -> Wait:
+    def backward_x(self, x: Tensor | None, codes: Quantized | None, tokens: int, itemsize: int) -> Wait:
         """Start wgrad.x [I, T] from the kept input x [..., I] or its forward codes, of this rank's tokens or of all.
 
         tokens     all tokens that the linear sees
@@ -98,6 +100,7 @@ class TokenGather:
             assert isinstance(mine, BlockScaledTensor)
             return self.columns(slot, mine, itemsize)
         if codes is not None:
+            assert isinstance(codes, BlockScaledTensor)  # an operand in parts was made from all tokens
             every = self.rows(slot, codes, itemsize)
             return lambda: plan.backward_operand(slot, every(), None, comm)
         assert x is not None
@@ -157,7 +160,9 @@ class TokenGather:
         return finish
 
     def _packs(self, slot: str, x: Tensor) -> bool:
-        return self.comm.size > 1 and packs(self.plan.spec(slot), slot, self.comm, x.shape[:-1].numel())
+        if self.comm.size == 1 or slot in self.plan.parted:
+            return False
+        return packs(self.plan.spec(slot), slot, self.comm, x.shape[:-1].numel())
 
     def _count(self, slot: str, how: str, part: int, part_high: int) -> None:
         """Bytes that this rank receives, and would receive in high precision."""

@@ -24,9 +24,9 @@ from torch.autograd.function import once_differentiable
 from fp4dist.kernels.registry import Kernel, grouped
 from fp4dist.nn.assign import token_multiple
 from fp4dist.nn.comm import LinearComm
-from fp4dist.nn.function import fp4_linear, hand_over
+from fp4dist.nn.estimators import keep_w, keep_x, pass_w, pass_x
+from fp4dist.nn.function import Kept, codes_for, fp4_linear, hand_over, high_precision_weight, in_dtype, restore, save
 from fp4dist.nn.plan import HIGH, LinearPlan, Operand
-from fp4dist.numerics.tensor import BlockScaledTensor
 from fp4dist.spec.recipe import GEMMS
 
 Pair = tuple[Operand, Operand]
@@ -63,6 +63,7 @@ def expert_linear(x: Tensor, expert: Expert, part: TokenPart) -> Tensor:
     missing = -tokens % token_multiple(plan.recipe)
     if missing:
         x = torch.nn.functional.pad(x, (0, 0, 0, missing))
+    plan.filled = missing
     with _at_part([plan], part):
         y = fp4_linear(x, expert.weight, plan, expert.comm)
     return y[:tokens] if missing else y
@@ -79,7 +80,8 @@ def grouped_linear(x: Tensor, experts: Sequence[Expert], counts: Sequence[int], 
     full = [count + -count % token_multiple(expert.plan.recipe) for expert, count in zip(experts, counts, strict=True)]
     if full != list(counts):
         x = _filled(x, counts, full)
-    group = _Group([e.plan for e in experts], [e.comm for e in experts], full)
+    added = [m - n for m, n in zip(full, counts, strict=True)]
+    group = _Group([e.plan for e in experts], [e.comm for e in experts], full, added)
     with _at_part(group.plans, part), torch.autocast(x.device.type, enabled=False):
         y = GroupedLinearFunction.apply(x, group, torch.is_grad_enabled(), *(e.weight for e in experts))
     if full == list(counts):
@@ -89,11 +91,17 @@ def grouped_linear(x: Tensor, experts: Sequence[Expert], counts: Sequence[int], 
 
 @dataclass(slots=True)
 class _Group:
-    """What the experts of one call share; `counts` already filled up."""
+    """What the experts of one call share; `counts` already filled up, by `added` zero tokens."""
 
     plans: list[LinearPlan]
     comms: list[LinearComm]
     counts: list[int]
+    added: list[int]
+
+    def enter(self, training: bool) -> None:
+        """Begin a pass."""
+        for plan, added in zip(self.plans, self.added, strict=True):
+            plan.training, plan.filled = training, added
 
     def busy(self, gemm: str, high: bool) -> list[int]:
         """Experts with tokens whose `gemm` has no quantized operand (high), or has one."""
@@ -110,6 +118,7 @@ class GroupedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: _Group, training: bool, *weights: Tensor) -> Tensor:  # type: ignore[override]
         """Quantize x and the weights expert by expert, multiply all at once, keep what backward needs."""
+        group.enter(training)
         x_parts, operands = x.split(group.counts), {}
         for e in group.busy("fprop", high=False):
             plan, comm = group.plans[e], group.comms[e]
@@ -134,17 +143,19 @@ class GroupedLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """All gradients, each expert at the step and micro-batch of its forward."""
         group, weights = ctx.group, ctx.weights
+        group.enter(training=True)
         needs_dx, needs_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         for e, plan in enumerate(group.plans):
             unneeded = (("fprop", bool(group.counts[e])), ("dgrad", needs_dx), ("wgrad", needs_dw[e]))
             plan.tally.unneeded.update(gemm for gemm, needed in unneeded if not (needed and group.counts[e]))
-        x_parts, codes = _restore(ctx, group)
+        *kept, whole = restore(ctx)
+        x_parts = whole.x.split(group.counts) if whole.x is not None else None
         dy_parts = dy.split(group.counts)
         with ExitStack() as stack, torch.autocast(dy.device.type, enabled=False):
             for plan, time in zip(group.plans, ctx.times, strict=True):
                 stack.enter_context(plan.clock.at(*time))
-            dx = _dgrad(group, dy, dy_parts, codes, weights) if needs_dx else None
-            dws = _wgrad(group, dy_parts, x_parts, codes, weights, needs_dw)
+            dx = _dgrad(group, dy, dy_parts, kept, weights) if needs_dx else None
+            dws = _wgrad(group, dy_parts, x_parts, kept, weights, needs_dw)
         return dx, None, None, *dws
 
 
@@ -152,7 +163,7 @@ def _dgrad(
     group: _Group,
     dy: Tensor,
     dy_parts: Sequence[Tensor],
-    codes: dict[tuple[int, int], BlockScaledTensor],
+    kept: Sequence[Kept],
     weights: Sequence[Tensor],
 ) -> Tensor:
     """[T, I] in dy's dtype."""
@@ -160,15 +171,20 @@ def _dgrad(
     for e in group.busy("dgrad", high=False):
         plan, comm = group.plans[e], group.comms[e]
         dy_q = plan.quantize("dgrad.dy", dy_parts[e], comm)
-        operands[e] = (dy_q, plan.backward_operand("dgrad.w", codes.get((e, 1)), weights[e], comm))
+        w_q = plan.backward_operand("dgrad.w", kept[e].w_q, weights[e], comm)
+        operands[e] = (dy_q, in_dtype(w_q, dy.dtype))
     dx = dy.new_empty((dy.shape[0], weights[0].shape[1]))
     dx_parts = dx.split(group.counts)
     for e, product in _products(group, "dgrad", operands).items():
         dx_parts[e].copy_(product)
     high = group.busy("dgrad", high=True)
-    for e, product in _high_rows(dy_parts, {e: weights[e].to(dy.dtype) for e in high}).items():
+    plain = {e: high_precision_weight(group.plans[e], kept[e].w_q, weights[e], group.comms[e]) for e in high}
+    for e, product in _high_rows(dy_parts, {e: w.to(dy.dtype) for e, w in plain.items()}).items():
         dx_parts[e].copy_(product)
     _count_high(group, "dgrad", high, weights)
+    for e, plan in enumerate(group.plans):
+        if kept[e].passing_x:
+            dx_parts[e].copy_(pass_x(plan, dx_parts[e], kept[e].passing_x))
     return dx
 
 
@@ -176,7 +192,7 @@ def _wgrad(
     group: _Group,
     dy_parts: Sequence[Tensor],
     x_parts: Sequence[Tensor] | None,
-    codes: dict[tuple[int, int], BlockScaledTensor],
+    kept: Sequence[Kept],
     weights: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
@@ -187,15 +203,19 @@ def _wgrad(
             plan, comm = group.plans[e], group.comms[e]
             dyt_q = plan.quantize("wgrad.dy", dy_parts[e].t(), comm)
             master = x_parts[e] if x_parts is not None else None
-            operands[e] = (dyt_q, plan.backward_operand("wgrad.x", codes.get((e, 0)), master, comm))
+            x_q = plan.backward_operand("wgrad.x", kept[e].x_q, master, comm)
+            operands[e] = (dyt_q, in_dtype(x_q, dy_parts[e].dtype))
     dws = _products(group, "wgrad", operands)
     high = [e for e in group.busy("wgrad", high=True) if needed[e]]
     if high:
-        assert x_parts is not None
-        dws |= _high_weights(dy_parts, x_parts, high)
+        dws |= _high_weights(dy_parts, {e: _high_input(group, e, x_parts, kept[e], dy_parts[e].dtype) for e in high})
         _count_high(group, "wgrad", high, weights)
     return [
-        None if not wanted else hand_over(weight, dws[e]) if e in dws else torch.zeros_like(weight)
+        None
+        if not wanted
+        else hand_over(weight, pass_w(group.plans[e], dws[e], weight, kept[e].passing_w))
+        if e in dws
+        else torch.zeros_like(weight)
         for e, (weight, wanted) in enumerate(zip(weights, needed, strict=True))
     ]
 
@@ -226,9 +246,22 @@ def _high_rows(rows: Sequence[Tensor], matrices: dict[int, Tensor]) -> dict[int,
     return {e: part.matmul(matrix) for e, part, matrix in zip(matrices, parts, chosen, strict=True)}
 
 
-def _high_weights(dys: Sequence[Tensor], xs: Sequence[Tensor], members: Sequence[int]) -> dict[int, Tensor]:
+def _high_input(
+    group: _Group, e: int, x_parts: Sequence[Tensor] | None, kept: Kept, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """[T_e, I] what expert e's wgrad without quantized operands multiplies."""
+    if group.plans[e].recipe.dequantized("wgrad.x"):
+        x_IT = in_dtype(group.plans[e].backward_operand("wgrad.x", kept.x_q, None, group.comms[e]), dtype)
+        assert isinstance(x_IT, Tensor)
+        return x_IT.t()
+    assert x_parts is not None
+    return x_parts[e]
+
+
+def _high_weights(dys: Sequence[Tensor], xs: dict[int, Tensor]) -> dict[int, Tensor]:
     """dys[e]^T xs[e]: [O, I] in high precision."""
-    dy, x = [dys[e] for e in members], [xs[e] for e in members]
+    members = list(xs)
+    dy, x = [dys[e] for e in members], list(xs.values())
     if fits_grouped_mm(dy[0], x[0]):
         product = torch.nn.functional.grouped_mm(torch.cat(dy).t(), torch.cat(x), offs=_ends(dy))
         return dict(zip(members, product.unbind(), strict=True))
@@ -259,28 +292,22 @@ def _count_high(group: _Group, gemm: str, members: Sequence[int], weights: Seque
 
 def _save(ctx: Any, x: Tensor, operands: dict[int, Pair]) -> None:
     """Keep for backward what `Fp4LinearFunction` would, expert by expert; x whole, if any expert needs it."""
-    group, tensors = ctx.group, []
+    group, several, keep_whole = ctx.group, [], False
     needs_dx, needs_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-    ctx.codes, keep_x = {}, False
-    for e, plan in enumerate(group.plans):
-        kept_x = False
-        for i, slot, needed in ((0, "wgrad.x", needs_dw[e]), (1, "dgrad.w", needs_dx)):
-            spec = plan.recipe.slot(slot)
-            operand = operands[e][i] if e in operands else None
-            if needed and spec is not None and spec.source != "master" and isinstance(operand, BlockScaledTensor):
-                ctx.codes[e, i] = (len(tensors), (operand.format, operand.block, operand.rotation))
-                tensors += [operand.codes, operand.scales, operand.global_scale]
-                kept_x |= i == 0
-        keep_x |= bool(needs_dw[e] and group.counts[e] and not kept_x)
-    ctx.x_index = len(tensors) if keep_x else None
-    ctx.save_for_backward(*tensors, *([x] if keep_x else []))
-
-
-def _restore(ctx: Any, group: _Group) -> tuple[Sequence[Tensor] | None, dict[tuple[int, int], BlockScaledTensor]]:
-    """(parts of x, (expert, 0 for x or 1 for w) -> forward codes)."""
-    saved = ctx.saved_tensors
-    codes = {at: BlockScaledTensor(*saved[i : i + 3], *rest) for at, (i, rest) in ctx.codes.items()}
-    return saved[ctx.x_index].split(group.counts) if ctx.x_index is not None else None, codes
+    x_parts = x.split(group.counts)
+    for e, (plan, comm) in enumerate(zip(group.plans, group.comms, strict=True)):
+        kept = Kept()
+        if e in operands:
+            x_q, w_q = operands[e]
+            kept = Kept(
+                x_q=codes_for(plan, "wgrad.x", x_q) if needs_dw[e] else None,
+                w_q=codes_for(plan, "dgrad.w", w_q) if needs_dx else None,
+                passing_x=keep_x(plan, comm, x_parts[e], x_q) if needs_dx else [],
+                passing_w=keep_w(plan, w_q) if needs_dw[e] else [],
+            )
+        keep_whole |= bool(needs_dw[e] and group.counts[e] and kept.x_q is None)
+        several.append(kept)
+    save(ctx, *several, Kept(x=x if keep_whole else None))
 
 
 def _filled(x: Tensor, counts: Sequence[int], full: Sequence[int]) -> Tensor:

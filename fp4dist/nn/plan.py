@@ -7,7 +7,7 @@ every GEMM it runs, so that what was promised in the layer table can be compared
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,17 +16,28 @@ from fp4dist.errors import RecipeMismatch
 from fp4dist.kernels.registry import Kernel, Request, resolve
 from fp4dist.nn.clock import Clock
 from fp4dist.nn.comm import LinearComm, place
-from fp4dist.numerics.tensor import BlockScaledTensor
+from fp4dist.nn.controllers import SlotControl
+from fp4dist.nn.parts import channel_dim, cost, parted_slots, take_out, token_dim
+from fp4dist.numerics.quantize import ReduceMax, dequantize, original
+from fp4dist.numerics.rotation import unrotate
+from fp4dist.numerics.splits import Place, assemble, bare
+from fp4dist.numerics.tensor import BlockScaledTensor, Key, PartedTensor, Quantized
+from fp4dist.spec.blocks import Ema, Hadamard
 from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe, QuantSpec
 from fp4dist.spec.run import BackendConfig
 
-Operand = BlockScaledTensor | Tensor
+Operand = Quantized | Tensor
+FORWARD_OF = {"dgrad.w": "fprop.w", "wgrad.x": "fprop.x"}  # backward operands with forward codes
 FP4, FP8, MIXED, HIGH = "fp4", "fp8", "mixed", "bf16"  # both operands of 4 bits; both quantized; one; none
+SIDE = "side"  # what is multiplied beside the codes
 
 
 @dataclass(slots=True)
 class Tally:
-    """GEMM calls and FLOPs (2 T I O of this rank for each) by (gemm, kind)."""
+    """GEMM calls and FLOPs (2 T I O of this rank for each) by (gemm, kind).
+
+    What stands beside an operand's codes is counted under kind `side`, at its true size (`fp4dist.nn.parts.cost`).
+    """
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     flops: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -54,6 +65,11 @@ class LinearPlan:
     number      the linear's 32-bit number, the same on every rank and for every parallel layout
     delivered   the weight's forward codes from whoever updates the weights (fp4dist.megatron.param_gather): they stand
                 for the weight until they are replaced, and the parameter itself is not read
+    parted      slots whose operand is more than codes
+    filled      zero tokens at the end of the present operands that only fill up a block
+    controls    slot -> what it keeps from step to step, where it keeps anything
+    average     [O, I] fp32 moving average of this rank's weight, which `ema` rounding leans on; None before its time
+    training    whether the pass in progress is a training pass, which controls take note of; set at each pass's start
     """
 
     path: str
@@ -63,14 +79,29 @@ class LinearPlan:
     kernels: dict[str, Kernel]
     tally: Tally = field(default_factory=Tally)
     delivered: BlockScaledTensor | None = None
-    _weight: tuple[int, BlockScaledTensor] | None = None
+    controls: dict[str, SlotControl] = field(default_factory=dict)
+    average: Tensor | None = None
+    training: bool = True
+    parted: frozenset[str] = frozenset()
+    filled: int = 0
+    _weight: tuple[int, Quantized] | None = None
 
     @classmethod
     def resolve(
         cls, path: str, number: int, recipe: LinearRecipe, clock: Clock, device: torch.device, config: BackendConfig
     ) -> LinearPlan:
         """Choose the kernels of every slot and GEMM on `device`."""
-        return cls(path, number, recipe, clock, resolve_kernels(recipe, device, config))
+        kernels = resolve_kernels(recipe, device, config)
+        return cls(path, number, recipe, clock, kernels, parted=parted_slots(recipe))
+
+    def aside(self, high_precision_backward: bool) -> LinearPlan:
+        """A plan of the same linear with counters of its own.
+
+        high_precision_backward   backward GEMMs take unquantized operands; the forward one stays as it is
+        """
+        recipe = self.recipe.with_high_precision_backward() if high_precision_backward else self.recipe
+        controls = {slot: control.muted() for slot, control in self.controls.items()}
+        return replace(self, recipe=recipe, tally=Tally(), controls=controls, parted=parted_slots(recipe))
 
     def spec(self, slot: str) -> QuantSpec | None:
         """The spec of a slot."""
@@ -101,14 +132,14 @@ class LinearPlan:
         cacheable = self.clock.cache_weights and training and spec is not None and spec.is_deterministic
         if cacheable and self._weight is not None and self._weight[0] == self.clock.step:
             return self._weight[1]
-        operand = self.quantize("fprop.w", weight, comm)
-        self._weight = (self.clock.step, operand) if cacheable and isinstance(operand, BlockScaledTensor) else None
+        operand = self._run("fprop.w", spec, weight, weight.shape, comm, False, self._average(spec)) if spec else weight
+        self._weight = (self.clock.step, operand) if cacheable and not isinstance(operand, Tensor) else None
         return operand
 
     def backward_operand(
         self,
         slot: str,
-        forward: BlockScaledTensor | None,
+        forward: Quantized | None,
         master: Tensor | None,
         comm: LinearComm,
         token_shard: bool = False,
@@ -118,6 +149,11 @@ class LinearPlan:
         forward   the codes fprop used ([O, I] or [T, I]); master   the high-precision tensor; each only where needed
         """
         spec = self.spec(slot)
+        if self.recipe.dequantized(slot):
+            assert forward is not None
+            rotation, key = self._forward_basis(slot)
+            values = dequantize(forward) if isinstance(forward, PartedTensor) else self.kernels[slot](forward)
+            return (values if rotation is None else unrotate(values, rotation, key)).t()
         if spec is None or spec.source == "master":
             assert master is not None
             return self.quantize(slot, master.t(), comm, token_shard)
@@ -125,6 +161,9 @@ class LinearPlan:
         if spec.source == "reuse":
             return forward.transpose()
         shape = torch.Size((forward.shape[1], forward.shape[0]))
+        rotation, key = self._forward_basis(slot)
+        if self.kernels[slot].op == "quantize":  # more than codes in their own basis (`from_codes`)
+            return self._run(slot, spec, original(forward, rotation, key).t(), shape, comm, token_shard)
         return self._run(slot, spec, forward, shape, comm, token_shard)
 
     def matmul(self, gemm: str, a: Operand, b: Operand, counted: bool = True) -> Tensor:
@@ -135,16 +174,38 @@ class LinearPlan:
 
     def count(self, gemm: str, m: int, n: int, k: int) -> None:
         """Count a GEMM of 2 m n k FLOPs, once for each sample of an operand."""
-        self.tally.add(gemm, self.kind(gemm), 2 * m * n * k, self.recipe.repeats(gemm))
+        kind, times = self.kind(gemm), self.recipe.repeats(gemm)
+        if not self.parted:
+            self.tally.add(gemm, kind, 2 * m * n * k, times)
+            return
+        control = self.controls.get("fprop.x")
+        main, side = cost(self.recipe, gemm, m, n, k, control is not None and control.channels is not None)
+        self.tally.add(gemm, kind, main, times)
+        if side:
+            self.tally.add(gemm, SIDE, side, times)
 
     def drop_cache(self) -> None:
         """Forget the quantized weight."""
         self._weight = self.delivered = None
 
+    def _average(self, spec: QuantSpec) -> Tensor | None:
+        """What the forward weight's rounding leans on; None before its time: whoever keeps the average decides."""
+        return self.average if isinstance(spec.rounding, Ema) else None
+
+    def _forward_basis(self, slot: str) -> tuple[Hadamard | None, Key]:
+        """(rotation, key) of the forward codes that backward `slot` reads."""
+        source = FORWARD_OF[slot]
+        spec = self.spec(source)
+        return spec.rotation if spec is not None else None, self.clock.key(self.number, source)
+
     def _run(
-        self, slot: str, spec: QuantSpec, source: Operand, shape: torch.Size, comm: LinearComm, token_shard: bool
-    ) -> BlockScaledTensor:
-        """The slot's kernel on `source`, which gives codes of `shape`."""
+        self, slot: str, spec: QuantSpec, source: Operand, shape: torch.Size, comm: LinearComm, token_shard: bool,
+        *more: object,
+    ) -> Quantized:  # fmt: skip
+        """The slot's kernel on `source`, which gives codes of `shape`.
+
+        more   what only some specs need of it: Nones are left out
+        """
         key = place(comm, slot, shape[0], shape[1], self.clock.key(self.number, slot), token_shard)
         for name, size, multiple, runs in (
             ("rows", shape[0], spec.rows_multiple, key.row_runs),
@@ -158,7 +219,36 @@ class LinearPlan:
                     f" {spec.label()}; change that size ({way_out}), or give this layer to bf16 with a rule"
                 )
         reduce_max = comm.reduce_max(slot, token_shard) if spec.amax_scope == "tensor" else None
-        return self.kernels[slot](source, spec, key, reduce_max)
+        if (control := self.controls.get(slot)) is not None:
+            control.recording = self.training
+            if isinstance(source, Tensor):
+                control.see_columns(source, comm, token_shard)
+        if slot in self.parted:
+            assert isinstance(source, Tensor)
+            return self._parts(slot, spec, source, key, reduce_max, *more)
+        return self._codes(slot, spec, source, key, reduce_max, *more)
+
+    def _codes(
+        self, slot: str, spec: QuantSpec, source: Operand, key: Key, reduce_max: ReduceMax | None, *more: object
+    ) -> BlockScaledTensor:
+        """The kernel's codes, under the amax that the slot's control keeps."""
+        if (control := self.controls.get(slot)) is not None:
+            reduce_max = control.through(reduce_max, source if isinstance(source, Tensor) else None, spec, key)
+        return self.kernels[slot](source, spec, key, reduce_max, *(given for given in more if given is not None))
+
+    def _parts(
+        self, slot: str, spec: QuantSpec, x: Tensor, key: Key, reduce_max: ReduceMax | None, toward: object = None
+    ) -> Quantized:
+        """`x` [R, C] as codes and what stands beside them. toward: of ema rounding; what is taken out leaves it."""
+        control = self.controls.get("fprop.x")
+        channels = control.channels if control is not None else None
+        where = Place(key, reduce_max, token_dim(slot), self.filled, channels, channel_dim(slot))
+        taken, codes_spec = take_out(slot, x, spec, self.recipe, where), bare(spec)
+        rest = taken.parts.rest
+        if isinstance(toward, Tensor):
+            toward = torch.where(rest == x, toward, rest)
+        main = self._codes(slot, codes_spec, rest, key, reduce_max, toward)
+        return assemble(main, taken.beside(main, codes_spec, x.dtype, where), taken.partner, codes_spec, key)
 
 
 def gemm_kind(recipe: LinearRecipe, gemm: str) -> str:
@@ -167,17 +257,26 @@ def gemm_kind(recipe: LinearRecipe, gemm: str) -> str:
     return (HIGH, MIXED, FP4 if recipe.gemm_is_fp4(gemm) else FP8)[quantized]
 
 
+def from_codes(slot: str, recipe: LinearRecipe) -> bool:
+    """Whether requantizing for `slot` can read the forward codes alone: nothing stands beside them, no rotation."""
+    forward = recipe.slot(FORWARD_OF[slot])
+    return forward is not None and forward.rotation is None and not parted_slots(recipe) & {slot, FORWARD_OF[slot]}
+
+
 def resolve_kernels(recipe: LinearRecipe, device: torch.device, config: BackendConfig) -> dict[str, Kernel]:
     """Slot or GEMM -> kernel, for everything that `recipe` quantizes."""
     kernels: dict[str, Kernel] = {}
+    parted = parted_slots(recipe)
     for slot in SLOTS:
         spec = recipe.slot(slot)
+        if recipe.dequantized(slot):
+            kernels[slot] = resolve(Request("dequantize", recipe.slot(FORWARD_OF[slot]), device), config)
         if spec is not None and spec.source != "reuse":
-            kernels[slot] = resolve(
-                Request("requantize" if spec.source == "requant" else "quantize", spec, device), config
-            )
+            op = "requantize" if spec.source == "requant" and from_codes(slot, recipe) else "quantize"
+            kernels[slot] = resolve(Request(op, bare(spec), device), config)
     for gemm in GEMMS:
         if gemm_kind(recipe, gemm) != HIGH:
             spec = next(recipe.slot(s) for s in SLOTS if s.startswith(gemm) and recipe.slot(s) is not None)
-            kernels[gemm] = resolve(Request("matmul", spec, device), config)
+            sums = any(slot.startswith(gemm) for slot in parted)
+            kernels[gemm] = resolve(Request("matmul", spec, device, sums), config)
     return kernels

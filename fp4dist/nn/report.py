@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fp4dist.nn.parts import Cost, costs
 from fp4dist.nn.plan import gemm_kind
 from fp4dist.nn.sites import LinearSite
 from fp4dist.spec.load import recipe_hash
@@ -31,35 +32,46 @@ class LinearRow:
         """GEMM -> fp4, fp8, mixed or bf16."""
         return {gemm: gemm_kind(self.recipe, gemm) for gemm in GEMMS}
 
+    def costs(self) -> dict[str, Cost]:
+        """GEMM -> FLOPs on codes and beside them, for very many tokens; once, however often it runs."""
+        return costs(self.recipe, self.site.out_features, self.site.in_features)
+
+    def side(self) -> dict[str, float]:
+        """GEMM -> FLOPs beside its codes as a share of the GEMM's; only where there are any."""
+        found = {gemm: cost.side / (cost.main + cost.side) for gemm, cost in self.costs().items()}
+        return {gemm: share for gemm, share in found.items() if share}
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        slots = {s: self.recipe.slot(s) for s in SLOTS}
         return {
             "path": self.site.path,
             "role": self.site.role,
             "layer": self.site.layer,
             "shape": [self.site.out_features, self.site.in_features],
             "linear": self.linear,
-            "slots": {name: spec.label() if spec else "bf16" for name, spec in slots.items()},
+            "slots": {slot: self.recipe.word(slot) for slot in SLOTS},
             "gemms": self.kinds(),
             "kernels": self.kernels,
             "gather": self.gather,
             "why": self.why,
+            **({"side": side} if (side := self.side()) else {}),
         }
 
 
 def fp4_share(rows: Sequence[LinearRow]) -> float:
     """Share of the FLOPs of block linears (heads and routers excluded) that run in FP4, both operands quantized.
 
-    A model without known roles counts all of its linears. A GEMM counts as often as it runs: once a sample.
+    A model without known roles counts all of its linears. A GEMM counts as often as it runs: once a sample. What is
+    multiplied beside the codes counts at its true size, as not FP4.
     """
     counted = [r for r in rows if r.site.role in BLOCK_ROLES] or list(rows)
     total = fp4 = 0.0
     for row in counted:
-        cost = row.site.token_share * row.site.in_features * row.site.out_features
         runs = {gemm: row.recipe.repeats(gemm) for gemm in GEMMS}
-        total += cost * sum(runs.values())
-        fp4 += cost * sum(n for gemm, n in runs.items() if row.recipe.gemm_is_fp4(gemm))
+        for gemm, found in row.costs().items():
+            weight = row.site.token_share * runs[gemm]
+            total += weight * (found.main + found.side)
+            fp4 += weight * found.main if row.recipe.gemm_is_fp4(gemm) else 0.0
     return fp4 / total if total else 0.0
 
 
@@ -105,11 +117,12 @@ def _group_lines(members: Sequence[LinearRow]) -> list[str]:
         operands = [s for s in SLOTS if s.startswith(gemm)]
         texts = []
         for slot in operands:
-            spec = row.recipe.slot(slot)
             backend = f" <{row.kernels[slot]}>" if slot in row.kernels else ""
             gather = f" gather: {row.gather[slot]}" if slot in row.gather else ""
-            texts.append(f"{slot.split('.')[1]}: {spec.label() if spec else 'bf16'}{backend}{gather}")
+            texts.append(f"{slot.split('.')[1]}: {row.recipe.word(slot)}{backend}{gather}")
         matmul = f"  gemm <{row.kernels[gemm]}>" if gemm in row.kernels else ""
+        if gemm in (shares := row.side()):
+            matmul += f"  {shares[gemm]:.1%} of it beside the codes"
         if row.recipe.repeats(gemm) > 1:
             matmul += f"  run {row.recipe.repeats(gemm)} times"
         lines.append(f"      {gemm}  {'  |  '.join(texts)}{matmul}")

@@ -136,6 +136,20 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), local, module
 
 
+def named_parameters(model: nn.Module, layer_offset: int = 0) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every trained parameter once; names have global layer and expert numbers, no wrappers."""
+    first_experts: dict[str, int] = {}
+    seen: set[int] = set()
+    for path, _, module in named_modules(model):
+        if isinstance(first := getattr(module, "first_expert", None), int):
+            first_experts[path] = first
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                own = f"{path}.{name}" if path else name
+                yield global_path(expert_path(own, first_experts), layer_offset), parameter
+
+
 def find_linears(model: nn.Module, layer_offset: int = 0) -> Iterator[tuple[LinearSite, str, nn.Module]]:
     """(site, local path, module) of every linear that can be given a plan: ours, torch.nn.Linear, GPT-2's Conv1D.
 

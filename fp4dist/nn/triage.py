@@ -342,8 +342,7 @@ def _label(plan: LinearPlan, name: str) -> str:
     """A slot's spec, or how many operands of a GEMM are quantized."""
     if name not in OPERANDS:
         return plan.kind(name)
-    spec = plan.spec(name)
-    return spec.label() if spec is not None else "bf16"
+    return plan.recipe.word(name)
 
 
 def _no_slot(what: str) -> tuple[str, str]:

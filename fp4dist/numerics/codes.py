@@ -53,6 +53,21 @@ def encode_stochastic(u: Tensor, element: ElementFormat, noise: Tensor) -> Tenso
     return _with_sign(below + (distance > threshold), u, element)
 
 
+def encode_toward(u: Tensor, toward: Tensor, element: ElementFormat) -> Tensor:
+    """Codes of that neighbour of `u` on the grid that is nearer to `toward` (fp32, shape of u); a tie takes the even.
+
+    The neighbours enclose |u|, and the sign is u's: `toward` only decides between down and up. A u on the grid, or
+    beyond its end, has one neighbour alone. With toward = u this is rounding to nearest even.
+    """
+    magnitude = u.abs()
+    below = _interval(magnitude, element.levels[1:], closed_right=False).to(torch.int32)
+    level, inverse_gap = _levels_and_gaps(element, u.device)[below].unbind(-1)
+    middle = _middles(element, u.device)[below]
+    same_way = torch.where(torch.signbit(u), -toward, toward)
+    up = (same_way > middle) | ((same_way == middle) & (below % 2 == 1))
+    return _with_sign(below + (up & (magnitude > level) & (inverse_gap > 0)), u, element)
+
+
 def decode(codes: Tensor, element: ElementFormat) -> Tensor:
     """Values of codes (uint8, one code a byte) as fp32."""
     values = _code_values(element, codes.device)
@@ -199,7 +214,9 @@ def _look_up_pairs(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _with_sign(index: Tensor, u: Tensor, element: ElementFormat) -> Tensor:
-    return index.to(torch.uint8) | torch.signbit(u).view(torch.uint8) * 2 ** (element.bits - 1)
+    """A NaN has no sign: which one arithmetic gives it depends on the machine."""
+    negative = torch.signbit(u) & (u == u)
+    return index.to(torch.uint8) | negative.view(torch.uint8) * 2 ** (element.bits - 1)
 
 
 @lru_cache(maxsize=64)
@@ -219,6 +236,13 @@ def _levels_and_gaps(element: ElementFormat, device: torch.device) -> Tensor:
     levels = torch.tensor(element.levels, dtype=torch.float32)
     inverse = torch.cat((1.0 / (levels[1:] - levels[:-1]), torch.zeros(1)))  # at the top level nothing is above
     return torch.stack((levels, inverse), dim=-1).to(device)
+
+
+@lru_cache(maxsize=64)
+def _middles(element: ElementFormat, device: torch.device) -> Tensor:
+    """[levels]: halfway from each level to the next; the last has none."""
+    levels = torch.tensor(element.levels, dtype=torch.float32)
+    return torch.cat(((levels[:-1] + levels[1:]) * 0.5, levels[-1:])).to(device)
 
 
 @lru_cache(maxsize=64)

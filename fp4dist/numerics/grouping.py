@@ -104,7 +104,7 @@ class Grouping:
             return tree_sum(x, self.block)
         by_tensor = self.spec.shape[0] == 0
         rows, columns = self._global_shape()
-        chunk = (_chunk(rows) if by_tensor else 1, _chunk(columns))
+        chunk = (chunk_of(rows) if by_tensor else 1, chunk_of(columns))
         parts = tree_sum(x, self._checked(chunk))
         if self._is_shard():
             parts = self._merged(parts, chunk, rows_kept=not by_tensor)
@@ -145,12 +145,7 @@ class Grouping:
         """
         assert self.key is not None
         assert self.reduce_max is not None
-        rows, columns = self._global_shape()
-        merged = parts.new_zeros(rows // chunk[0], columns // chunk[1])
-        row = _places(self.key.row_runs, self.shape[0], chunk[0], parts.device)
-        column = _places(self.key.column_runs, self.shape[1], chunk[1], parts.device)
-        merged[row[:, None], column[None, :]] = parts
-        merged = self.reduce_max(merged)
+        merged, row, _ = merge(parts, chunk, self.shape, self.key, self.reduce_max, fill=0.0)
         return merged[row] if rows_kept else merged
 
     def _is_shard(self) -> bool:
@@ -177,7 +172,22 @@ class Grouping:
         return chunk
 
 
-def _chunk(length: int) -> int:
+def merge(
+    parts: Tensor, chunk: tuple[int, int], shape: torch.Size, key: Key, reduce_max: ReduceMax, fill: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(all ranks' chunk values, indices of this rank's rows of them, indices of its columns).
+
+    parts   [r, c] this rank's chunk values;  chunk   its rows and columns;  shape   [R, C] of this rank's matrix
+    fill    not above any value: 0 where none is negative, else -inf
+    """
+    merged = parts.new_full(((key.rows or shape[0]) // chunk[0], (key.columns or shape[1]) // chunk[1]), fill)
+    row = _places(key.row_runs, shape[0], chunk[0], parts.device)
+    column = _places(key.column_runs, shape[1], chunk[1], parts.device)
+    merged[row[:, None], column[None, :]] = parts
+    return reduce_max(merged), row, column
+
+
+def chunk_of(length: int) -> int:
     """Length / the largest power of two that divides it, at most MOST_CHUNKS of them."""
     return length // min(length & -length, MOST_CHUNKS)
 

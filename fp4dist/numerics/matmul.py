@@ -10,10 +10,10 @@ from torch import Tensor
 from fp4dist.numerics.codes import decode_stored
 from fp4dist.numerics.grouping import spread
 from fp4dist.numerics.quantize import carrier
-from fp4dist.numerics.scales import divide
-from fp4dist.numerics.tensor import BlockScaledTensor
+from fp4dist.numerics.scales import divide, fp32
+from fp4dist.numerics.tensor import BlockScaledTensor, PartedTensor, Quantized
 
-Operand = BlockScaledTensor | Tensor
+Operand = Quantized | Tensor
 
 
 def matmul(a_MK: Operand, b_NK: Operand) -> Tensor:
@@ -23,6 +23,9 @@ def matmul(a_MK: Operand, b_NK: Operand) -> Tensor:
     bf16 holds exactly for one-byte scales; the scales of the tensor and of whole rows and the rotation's 1/n multiply
     the fp32 sum. Scales of tiles, and fp32 scales of blocks, cannot leave the sum: they multiply the operand in fp32.
     An operand of several samples gives the mean of their products. Two quantized operands must share a rotation.
+
+    An operand in parts is a sum, and what stands beside its codes is multiplied in fp32:
+    (A + a)(B + b)^T = A B^T + a (B + b)^T + A b^T. Where B has a `partner`, a meets that in place of B + b.
     """
     rotation = _common_rotation(a_MK, b_NK)
     if a_MK.shape[1] != b_NK.shape[1]:
@@ -35,6 +38,46 @@ def matmul(a_MK: Operand, b_NK: Operand) -> Tensor:
 
 
 def _product(a: Operand, b: Operand, rotation: int) -> Tensor:
+    """[M, N] of one sample each."""
+    if not isinstance(a, PartedTensor) and not isinstance(b, PartedTensor):
+        return _codes_product(a, b, rotation)
+    left, right = _Parts.of(a), _Parts.of(b)
+    total, factor = _codes_product(left.main, right.main, rotation), fp32(1.0 / rotation)
+    if left.side is not None:
+        total = total + _gemm(left.side, right.met_by(left)) * factor
+    if right.side is not None:
+        met = _values(left.main) if left.partner is None else left.partner
+        total = total + _gemm(met, right.side) * factor
+    return total
+
+
+class _Parts(NamedTuple):
+    """An operand's parts, unnormalized in its rotated basis."""
+
+    main: BlockScaledTensor | Tensor
+    side: Tensor | None
+    partner: Tensor | None
+
+    @classmethod
+    def of(cls, operand: Operand) -> _Parts:
+        if isinstance(operand, PartedTensor):
+            return cls(operand.main, operand.side, operand.partner)
+        return cls(operand, None, None)
+
+    def met_by(self, left: _Parts) -> Tensor:
+        """[N, K] fp32 what the side of `left` multiplies; a partner of left's already meets our side."""
+        if self.partner is not None:
+            return self.partner
+        values = _values(self.main)
+        return values if self.side is None or left.partner is not None else values + self.side
+
+
+def _values(main: BlockScaledTensor | Tensor) -> Tensor:
+    """[R, K] fp32, not divided by the rotation's sqrt(n)."""
+    return main.to(torch.float32) if isinstance(main, Tensor) else carrier(main) * spread(main.global_scale, main.shape)
+
+
+def _codes_product(a: BlockScaledTensor | Tensor, b: BlockScaledTensor | Tensor, rotation: int) -> Tensor:
     """[M, N], factors of rows last."""
     left, right = _factors(a), _factors(b)
     total = _gemm(left.inner, right.inner) * (left.scale * right.scale / rotation)
@@ -58,7 +101,7 @@ class Factors(NamedTuple):
     scale: Tensor
 
 
-def _factors(operand: Operand) -> Factors:
+def _factors(operand: BlockScaledTensor | Tensor) -> Factors:
     if isinstance(operand, Tensor):
         return Factors(operand, None, torch.ones((), device=operand.device))
     q, outer = operand, operand.global_scale

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +17,26 @@ from torch import Tensor
 from fp4dist.numerics import codes as c
 from fp4dist.numerics import rng, scales
 from fp4dist.numerics.grouping import Grouping, ReduceMax, block_amax, blocked, flat, spread, tree_sum
-from fp4dist.numerics.rotation import rotate
-from fp4dist.numerics.tensor import BlockScaledTensor, Key
-from fp4dist.spec.blocks import Ceil, Eden, Floor, FourOverSix, MseSearch, Nearest, Quest
+from fp4dist.numerics.rotation import rotate, unrotate
+from fp4dist.numerics.tensor import BlockScaledTensor, Key, PartedTensor, Quantized
+from fp4dist.spec.blocks import Ceil, Eden, Ema, Floor, FourOverSix, Hadamard, MseSearch, Nearest, Quest
 from fp4dist.spec.recipe import QuantSpec
 
 
 @torch.no_grad()  # how gradients pass a quantizer is the business of `fp4dist.nn`
 def quantize(
-    x_RC: Tensor, spec: QuantSpec, key: Key | None = None, reduce_max: ReduceMax | None = None
+    x_RC: Tensor,
+    spec: QuantSpec,
+    key: Key | None = None,
+    reduce_max: ReduceMax | None = None,
+    toward: Tensor | None = None,
 ) -> BlockScaledTensor:
     """Quantize a matrix along its last dimension.
 
     x_RC        [R, C] bf16 or fp32; R a multiple of the block's rows, C of its columns and of the rotation size
     key         required when the spec draws noise or fresh signs
     reduce_max  elementwise maximum over the shards of the logical tensor, of an fp32 tensor of any shape
+    toward      [R, C] moving average of x, for a spec with ema rounding; None: that spec rounds to nearest even
     returns     codes, scales and global_scale as BlockScaledTensor describes them
 
     Guarantee: nearest rounding is within half a step of the element grid times the block's scale unless it saturates;
@@ -50,13 +56,19 @@ def quantize(
         shrink = (1.0 - spec.rule.lowest) / spec.rule.steps
         quantized = _best_of(x, spec, [1.0 - i * shrink for i in range(spec.rule.steps + 1)], "mse", key, grouping)
     else:
-        quantized = _plain(x, spec, key, grouping)
+        quantized = _plain(x, spec, key, grouping, _average(toward, spec, key, x.shape))
     return replace(quantized, rotation=spec.rotation.size if spec.rotation else 1)
 
 
 @torch.no_grad()
-def dequantize(q: BlockScaledTensor) -> Tensor:
-    """[R, C] fp32 values code * scale * global_scale / sqrt(rotation), in the rotated basis; of samples their mean."""
+def dequantize(q: Quantized) -> Tensor:
+    """[R, C] fp32 values code * scale * global_scale / sqrt(rotation), in the rotated basis; of samples their mean.
+
+    Of an operand in parts the sum of its parts.
+    """
+    if isinstance(q, PartedTensor):
+        values = dequantize(q.main)
+        return values if q.side is None else values + q.side * scales.fp32(q.rotation**-0.5)
     factor = spread(q.global_scale * q.rotation**-0.5, q.shape)
     total = carrier(q.sample(0)) * factor
     for i in range(1, q.samples):
@@ -65,12 +77,24 @@ def dequantize(q: BlockScaledTensor) -> Tensor:
 
 
 def requantize(
-    q: BlockScaledTensor, spec: QuantSpec, key: Key | None = None, reduce_max: ReduceMax | None = None
+    q: Quantized, spec: QuantSpec, key: Key | None = None, reduce_max: ReduceMax | None = None
 ) -> BlockScaledTensor:
-    """Quantize the transpose of `q`'s values: [R, C] codes -> [C, R] codes. `q` must not be rotated."""
+    """Quantize the transpose of `q`'s values: [R, C] codes -> [C, R] codes. `q` must not be rotated: see `original`."""
     if q.rotation != 1:
         raise ValueError(f"requantize needs codes in the original basis, got rotation {q.rotation}")
     return quantize(dequantize(q).t(), spec, key, reduce_max)
+
+
+@torch.no_grad()
+def original(q: Quantized, rotation: Hadamard | None, key: Key | None = None) -> Tensor:
+    """[R, C] fp32 values of `q` turned back from the rotated basis that its codes are in.
+
+    rotation   that basis: of the size that q was made with;  key   of its quantizer, for fresh signs
+    """
+    if q.rotation != (rotation.size if rotation is not None else 1):
+        raise ValueError(f"codes are in a rotated basis of {q.rotation}, not in that of {rotation}")
+    values = dequantize(q)
+    return values if rotation is None else unrotate(values, rotation, key)
 
 
 def carrier(q: BlockScaledTensor) -> Tensor:
@@ -79,14 +103,32 @@ def carrier(q: BlockScaledTensor) -> Tensor:
     return flat(blocked(c.decode_stored(q.codes, q.format.element), q.block) * decoded[:, None, :, None])
 
 
-def _plain(x: Tensor, spec: QuantSpec, key: Key | None, grouping: Grouping) -> BlockScaledTensor:
+def _average(toward: Tensor | None, spec: QuantSpec, key: Key | None, shape: torch.Size) -> Tensor | None:
+    """`toward` in the basis of the codes."""
+    if toward is None:
+        return None
+    if not isinstance(spec.rounding, Ema):
+        raise ValueError(f"{spec.label()} takes no moving average; leave `toward` out, or use rounding: ema")
+    if toward.shape != shape:
+        raise ValueError(f"the moving average {list(toward.shape)} must have the matrix's shape {list(shape)}")
+    average = toward.to(torch.float32)
+    return average if spec.rotation is None else rotate(average, spec.rotation, key)
+
+
+def _plain(
+    x: Tensor, spec: QuantSpec, key: Key | None, grouping: Grouping, toward: Tensor | None = None
+) -> BlockScaledTensor:
     """One scale for each block from its amax or moments."""
     power = isinstance(spec.rule, (Floor, Ceil)) or (isinstance(spec.rule, Quest) and spec.format.scale.name == "e8m0")
     chosen = scales.power_of_two_scales(x, spec, grouping) if power else scales.ladder(x, spec, grouping).at()
     if isinstance(spec.rule, Floor):  # headroom acts after the scale is chosen
-        x = x * scales.fp32(1.0 / spec.rule.headroom)
+        headroom = scales.fp32(1.0 / spec.rule.headroom)
+        x, toward = x * headroom, toward * headroom if toward is not None else None
     u = _scaled(x, chosen.multiplier, spec, grouping)
-    draws = [_round(u, spec, key and key.sample(i)) for i in range(spec.samples)]
+    if toward is not None:
+        draws = [c.encode_toward(u, _scaled(toward, chosen.multiplier, spec, grouping), spec.format.element)]
+    else:
+        draws = [_round(u, spec, key and key.sample(i)) for i in range(spec.samples)]
     codes = c.stored(draws[0] if len(draws) == 1 else torch.cat(draws, dim=1), spec.format.element)
     return BlockScaledTensor(
         codes, chosen.stored, chosen.global_scale, spec.format, grouping.block, samples=spec.samples
@@ -134,38 +176,89 @@ def _eden(y: Tensor, spec: QuantSpec, eden: Eden, key: Key, grouping: Grouping) 
     """Nearest codes, then the block scale times S = <u,u>/<u,c>, rounded stochastically in E4M3 (arXiv:2601.22813)."""
     v = scales.target_max(spec.format.element.max, eden.headroom)
     a_b = block_amax(y, spec.shape)
+    s_enc = s_dec = None
     if eden.align == "pre":
         s_enc, s_dec = scales.global_encode(grouping.outer_amax(a_b), eden.budget, v)
-        scale_bytes = c.encode_e4m3(scales.raw_scale(a_b, s_enc, v))
-        multiplier = scales.encode_multiplier(scale_bytes, s_enc, spec.format.scale)
-        multiplier = torch.where(scale_bytes == 0, 0.0, multiplier)
-        u = flat(blocked(y, spec.shape) * multiplier[:, None, :, None])
-        relative_scale = c.decode_e4m3(scale_bytes)
+        wanted = scales.raw_scale(a_b, s_enc, v)
     else:
-        s_dec = None
-        q = scales.divide(a_b, v)
-        u = flat(blocked(y, spec.shape) * scales.guarded_reciprocal(q)[:, None, :, None])
-        relative_scale = q
-    codes = c.encode_nearest(u, spec.format.element)
-    corrected = relative_scale * _correction(u, codes, spec)
+        wanted = scales.divide(a_b, v)
+    found = _eden_codes(y, wanted, s_enc, spec, eden)
+    if eden.four_over_six != "none":
+        found = _smaller_error(y, found, _eden_codes(y, wanted * 1.5, s_enc, spec, eden), s_enc, spec, eden, grouping)
+    corrected = found.scale * _correction(found, spec, eden)
     if s_dec is None:
         s_dec = scales.divide(grouping.outer_amax(corrected), eden.budget)
         corrected = corrected / torch.where(s_dec == 0, 1.0, s_dec)
         s_dec = torch.where(s_dec.isfinite(), torch.where(s_dec == 0, 1.0, s_dec), float("nan"))
     noise = rng.scale_noise(corrected.shape, key, spec.shape[1], y.device)
     scale_bytes = c.encode_e4m3_stochastic(corrected, noise)
-    return BlockScaledTensor(c.pack(codes), scale_bytes, s_dec, spec.format, spec.shape)
+    return BlockScaledTensor(c.pack(found.codes), scale_bytes, s_dec, spec.format, spec.shape)
 
 
-def _correction(u: Tensor, codes: Tensor, spec: QuantSpec) -> Tensor:
-    """S = <u,u>/<u,c> of each block; 1 where the denominator is 0."""
-    denominator = tree_sum(u * c.decode(codes, spec.format.element), spec.shape)
-    s = tree_sum(u * u, spec.shape) / denominator
-    return torch.where(denominator == 0, 1.0, s)
+class _Uncorrected(NamedTuple):
+    """Nearest codes [R, C] of u [R, C] = y / (scale [R/br, C/bc] in units of the outer scale)."""
+
+    u: Tensor
+    codes: Tensor
+    scale: Tensor
+
+
+def _eden_codes(y: Tensor, wanted: Tensor, s_enc: Tensor | None, spec: QuantSpec, eden: Eden) -> _Uncorrected:
+    """Codes under the `wanted` block scales: in E4M3 where there is an outer scale, else in fp32 or cut off there."""
+    if s_enc is None:
+        scale = _cut(wanted, eden.truncate)
+        multiplier = scales.guarded_reciprocal(scale)
+    else:
+        scale_bytes = c.encode_e4m3(wanted)
+        multiplier = scales.encode_multiplier(scale_bytes, s_enc, spec.format.scale)
+        multiplier = torch.where(scale_bytes == 0, 0.0, multiplier)
+        scale = c.decode_e4m3(scale_bytes)
+    u = flat(blocked(y, spec.shape) * multiplier[:, None, :, None])
+    return _Uncorrected(u, c.encode_nearest(u, spec.format.element), scale)
+
+
+def _cut(scale: Tensor, mantissa: int) -> Tensor:
+    """Fp32 `scale` with only its first `mantissa` bits of mantissa; 0: with all."""
+    if mantissa == 0:
+        return scale
+    return (scale.view(torch.int32) & -(1 << 23 - mantissa)).view(torch.float32)
+
+
+def _smaller_error(
+    y: Tensor, a: _Uncorrected, b: _Uncorrected, s_enc: Tensor | None, spec: QuantSpec, eden: Eden, grouping: Grouping
+) -> _Uncorrected:
+    """Block by block the one with the smaller error before the correction; `a` on a tie, and where b's scale would
+    saturate once corrected.
+    """
+    unit = torch.ones((), device=y.device) if s_enc is None else scales.divide(1.0, s_enc)
+
+    def error(found: _Uncorrected) -> Tensor:
+        values = c.decode(found.codes, spec.format.element) * spread(found.scale, y.shape) * unit
+        return _block_error(y - values, eden.four_over_six, grouping)
+
+    better = error(b) < error(a)
+    if s_enc is not None:
+        better &= b.scale * _correction(b, spec, eden) <= spec.format.scale.max
+    wide = spread(better, y.shape)
+    return _Uncorrected(
+        torch.where(wide, b.u, a.u), torch.where(wide, b.codes, a.codes), torch.where(better, b.scale, a.scale)
+    )
+
+
+def _correction(found: _Uncorrected, spec: QuantSpec, eden: Eden) -> Tensor:
+    """[R/br, C/bc] S = <u,u>/<u,c> of each block, or of its rotation's group; 1 where the denominator is 0."""
+    group = spec.shape
+    if eden.group == "rotation" and spec.rotation is not None:
+        group = (1, spec.rotation.size)
+    denominator = tree_sum(found.u * c.decode(found.codes, spec.format.element), group)
+    s = tree_sum(found.u * found.u, group) / denominator
+    return spread(torch.where(denominator == 0, 1.0, s), found.scale.shape)
 
 
 def _round(u: Tensor, spec: QuantSpec, key: Key | None) -> Tensor:
     """[R, C] codes, one a byte."""
+    if isinstance(spec.rounding, Ema):
+        return c.encode_nearest(u, spec.format.element)
     if isinstance(spec.rounding, Nearest):
         return c.encode_nearest(u, spec.format.element, spec.rounding.ties)
     noise = rng.element_noise(u.shape, _needed(key), u.device)
@@ -185,6 +278,8 @@ def _needed(key: Key | None) -> Key:
 
 def _check(x: Tensor, spec: QuantSpec, key: Key | None) -> None:
     rows = spec.rows_multiple
+    if spec.has_parts:
+        raise ValueError(f"{spec.label()} takes parts out: call numerics.splits.decompose, then quantize the rest")
     if x.dim() != 2:
         raise ValueError(f"expected a matrix [R, C], got shape {list(x.shape)}; flatten the leading dimensions")
     if x.dtype not in (torch.bfloat16, torch.float32):

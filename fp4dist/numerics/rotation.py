@@ -65,3 +65,12 @@ def unrotate(y: Tensor, rotation: Hadamard, key: Key | None) -> Tensor:
     if signs is not None:
         x = (x.unflatten(-1, (-1, rotation.size)) * signs).flatten(-2)
     return x
+
+
+def filtered(x: Tensor, factor: Tensor, rotation: Hadamard | None, key: Key | None) -> Tensor:
+    """[R, C] `x` times `factor`, elementwise in the rotated basis; back in the original one. In fp32."""
+    if rotation is None:
+        return x.to(torch.float32) * factor
+    y = butterflies(rotate(x.to(torch.float32), rotation, key) * factor, rotation.size) * (1.0 / rotation.size)
+    signs = sign_vector(rotation, key, x.device)
+    return y if signs is None else (y.unflatten(-1, (-1, rotation.size)) * signs).flatten(-2)

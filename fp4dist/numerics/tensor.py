@@ -1,7 +1,8 @@
-"""The two values every operation exchanges: a block-scaled tensor and a noise key."""
+"""The values every operation exchanges: a block-scaled tensor, alone or with a part beside it, and a noise key."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -18,6 +19,8 @@ class Stream(IntEnum):
     SIGNS = 1
     SECOND_TRY = 2  # of a quantizer that rounds twice and keeps one result
     MORE_SAMPLES = 3  # of a quantizer that averages several draws: 3 for the second of them, 4 for the third ...
+    LEFT_FACTOR = 32  # of a part of low rank beside the codes: its factor along the rows
+    RIGHT_FACTOR = 33  # likewise along the columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +117,74 @@ class BlockScaledTensor:
         nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(-2).t()
         pairs = nibbles.reshape(nibbles.shape[0], -1, 2)
         return replace(self, codes=pairs[..., 0] | pairs[..., 1] << 4, scales=scales, block=self.block[::-1])
+
+
+@dataclass(frozen=True, slots=True)
+class PartedTensor:
+    """A matrix as a sum: codes, and what was taken out of them (see `fp4dist.spec.splits`).
+
+    main      the codes
+    side      [R, C] fp32, zero where nothing was taken out; None: nothing stands beside the codes
+    partner   [R, C] fp32: what the *other* operand's side multiplies in place of this operand's value, where a method
+              multiplies it by more than the codes; None: this operand's value
+
+    Invariant: value = value of main + side / sqrt(rotation). Like codes, `side` and `partner` hold the *unnormalized*
+    rotation, in the basis of main, so that a product needs the factor 1 / rotation alone.
+    """
+
+    main: BlockScaledTensor
+    side: Tensor | None = None
+    partner: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """[R, C]."""
+        return self.main.shape
+
+    @property
+    def rotation(self) -> int:
+        """That of the codes."""
+        return self.main.rotation
+
+    @property
+    def samples(self) -> int:
+        """Independent draws of the codes; the side stands once."""
+        return self.main.samples
+
+    @property
+    def format(self) -> Format:
+        """That of the codes."""
+        return self.main.format
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts as they are held here: dense."""
+        dense = sum(t.numel() * t.element_size() for t in (self.side, self.partner) if t is not None)
+        return self.main.nbytes + dense
+
+    def sample(self, index: int) -> PartedTensor:
+        """Draw number `index` of the codes, with the same side."""
+        return replace(self, main=self.main.sample(index))
+
+    def transpose(self) -> PartedTensor:
+        """The transposed matrix with the same values, where the codes can be read so."""
+        return PartedTensor(self.main.transpose(), None if self.side is None else self.side.t().contiguous())
+
+
+Quantized = BlockScaledTensor | PartedTensor
+Layout = tuple[Format, tuple[int, int], int, int]  # of codes: format, block, rotation, samples
+
+
+def pack(operand: Quantized) -> tuple[list[Tensor], Layout]:
+    """(tensors for `save_for_backward`, the rest) of a quantized operand's value; a `partner` stays behind."""
+    main = operand.main if isinstance(operand, PartedTensor) else operand
+    side = operand.side if isinstance(operand, PartedTensor) else None
+    tensors = [main.codes, main.scales, main.global_scale] + ([] if side is None else [side])
+    return tensors, (main.format, main.block, main.rotation, main.samples)
+
+
+def unpack(tensors: Sequence[Tensor], layout: Layout) -> Quantized:
+    """What `pack` was given, less its partner."""
+    codes, scales, global_scale = tensors[:3]
+    main = BlockScaledTensor(codes, scales, global_scale, *layout)
+    return main if len(tensors) == 3 else PartedTensor(main, tensors[3])

@@ -184,17 +184,29 @@ class Eden:
     headroom (17/16) * 0.93: a mild clip that minimizes the error; S repairs the bias
     four_over_six   codes under the scale or under 1.5 of it, whichever has the smaller error by this metric (a tie
             keeps the scale); S repairs the bias of that choice, too
+    group   whose elements share S: those of a block; or of a rotation's group, <u,u>/<u,c> summed over scaled
+            values, which counts its blocks alike and so is not quite unbiased (a released simulation)
+    truncate   mantissa bits of the block scale that are kept before codes are made, the rest cut off (released
+            kernels); 0: all of them
     """
 
     kind: Literal["eden"] = "eden"
     align: Literal["post_hoc", "pre"] = "post_hoc"
     four_over_six: Literal["none", "mse", "mae", "absmax"] = "none"
+    group: Literal["block", "rotation"] = "block"
+    truncate: int = 0
     headroom: float = 0.988125
     budget: float = 256.0
 
     def __post_init__(self) -> None:
         if self.headroom <= 0 or not 0 < self.budget <= 448:
             raise ValueError(f"headroom = {self.headroom} must be positive and budget = {self.budget} in (0, 448]")
+        if not 0 <= self.truncate < 23:
+            raise ValueError(f"truncate = {self.truncate} must be in [0, 23), the bits of an fp32 mantissa")
+        if self.truncate and self.align == "pre":
+            raise ValueError(
+                "truncate cuts the fp32 block scale of align: post_hoc; that of align: pre is E4M3 already"
+            )
 
 
 @frozen

@@ -117,6 +117,8 @@ _CAME_LATER = {
     "outlier": None,
     "estimator": {"kind": "straight"},
     "four_over_six": "none",
+    "group": "block",
+    "truncate": 0,
     "assign": [],
     "lr": None,
     "trigger": None,

@@ -27,7 +27,7 @@ from fp4dist.spec.blocks import (
 from fp4dist.spec.estimators import Dge, Estimator, Lsq, Straight, TrustMask
 from fp4dist.spec.formats import E2M1, INT4, Block, Format, Outer
 from fp4dist.spec.frozen import frozen
-from fp4dist.spec.splits import Outlier, Split, TopK
+from fp4dist.spec.splits import Channels, HotResidual, Occ, Outlier, Split, TopK
 from fp4dist.spec.statistics import Current, GradScale, Hold, Learned, Statistic
 
 # Scale format -> the rules that it can store.
@@ -39,6 +39,7 @@ RULES: dict[str, tuple[type, ...]] = {
     "fp32": (AbsMax, Floor, Ceil, Quest, Sawb, MseSearch),
 }
 UNBIASED_FP32 = 1.0  # fp32 scales put the amax on the element's maximum, to one rounding
+MXFP8_COLUMNS = 32  # of a block of a part in mxfp8
 # A held amax may be outgrown; scales that reach this much beyond their budget have room for it.
 HELD_GROWTH = 64.0
 _PARITY = "or allow_bias: true for parity with a paper"
@@ -138,6 +139,8 @@ class QuantSpec:
         noise = 8 if isinstance(self.rounding, Stochastic) else 2  # 2: two codes share a byte
         tile = self.above[1] if isinstance(self.above, tuple) else 1
         group = self.outlier.group if isinstance(self.outlier, TopK) else 1
+        if isinstance(self.outlier, Occ | TopK | Channels) and self.outlier.precision == "mxfp8":
+            group = math.lcm(group, MXFP8_COLUMNS)
         return math.lcm(max(self.shape[1], tile, self.rotation.size if self.rotation else 1, noise), group)
 
     def label(self) -> str:
@@ -205,6 +208,8 @@ def _rounding_words(spec: QuantSpec) -> list[str]:
         return ["sr" if spec.samples == 1 else f"sr({spec.samples})"]
     if isinstance(spec.rounding, Eden):
         options = ["pre"] if spec.rounding.align == "pre" else []
+        options += ["S/rotation"] if spec.rounding.group == "rotation" else []
+        options += [f"truncate{spec.rounding.truncate}"] if spec.rounding.truncate else []
         options += [] if spec.rounding.four_over_six == "none" else [f"4/6:{spec.rounding.four_over_six}"]
         return [f"eden({','.join(options)})" if options else "eden"]
     if isinstance(spec.rounding, Ema):
@@ -233,6 +238,8 @@ def _check_scale_rule(spec: QuantSpec) -> None:
             raise ValueError("eden chooses its own block scale; leave `scale` out (its headroom and budget are eden's)")
         if spec.shape[0] != 1:
             raise ValueError(f"eden corrects 1xN blocks; block = {list(spec.shape)}")
+        if spec.rounding.group == "rotation" and spec.rotation is None:
+            raise ValueError("eden with group: rotation shares its correction in a rotation's group; set rotation")
     _check_budget(spec)
     _check_constants(spec)
 
@@ -345,7 +352,25 @@ def _check_parts(spec: QuantSpec) -> None:
         )
 
 
+def _check_judgeable(spec: QuantSpec) -> None:
+    """A gradient's factor is judged by the value that was rounded, which must be known from the operand's scales."""
+    kind = spec.estimator.kind
+    if isinstance(spec.rounding, Eden):
+        raise ValueError(
+            f"estimator = {kind} with eden: its stored scales are not those that its codes were made with; use straight"
+        )
+    mixes = spec.outlier is not None and not isinstance(spec.outlier, Channels | HotResidual) and spec.rotation
+    if spec.split is not None or mixes or (isinstance(spec.estimator, Lsq) and spec.has_parts):
+        part = spec.split or spec.outlier
+        raise ValueError(
+            f"estimator = {kind} with {part.kind if part else ''}{' under a rotation' if mixes else ''}: what was taken"
+            " out and what was rounded depend on the same elements; use estimator: straight, or leave the part out"
+        )
+
+
 def _check_estimator(spec: QuantSpec) -> None:
+    if not isinstance(spec.estimator, Straight):
+        _check_judgeable(spec)
     clips = isinstance(spec.rule, (Quest, Sawb, MseSearch)) or not isinstance(spec.amax, Current)
     clips = clips or (isinstance(spec.rule, Floor) and spec.rule.headroom < _no_clip_headroom(spec))
     if isinstance(spec.estimator, TrustMask) and not clips:

@@ -46,7 +46,7 @@ class LrShape:
     """The learning rate from a phase's start on, in place of the run's schedule: warm-up, then decay to the run's end.
 
     warmup     steps, or (below 1) share of the phase
-    begin      where the warm-up begins: zero, or the rate that the phase found
+    begin      where the warm-up begins: zero, or the rate of the step before the phase
     peak, end  in units of optim.lr
     decay      of the rest: cosine, linear or constant (at peak)
     """

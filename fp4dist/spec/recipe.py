@@ -19,7 +19,7 @@ from fp4dist.spec.blocks import Ema
 from fp4dist.spec.estimators import Straight
 from fp4dist.spec.frozen import frozen
 from fp4dist.spec.operand import QuantSpec
-from fp4dist.spec.phases import LrShape, Trigger
+from fp4dist.spec.phases import GradNoise, LrShape, Trigger
 from fp4dist.spec.splits import Channels, HotResidual, Mean
 from fp4dist.spec.statistics import Current
 from fp4dist.spec.training import Cage, GradientTransform, OptimizerState, OsciReset, QRamping, WeightControl
@@ -165,10 +165,21 @@ class LinearRecipe:
         gemm, operand = name.split(".")
         return getattr(getattr(self, gemm), operand) == "dequant"
 
+    def reads_codes(self, name: str) -> bool:
+        """Whether backward slot `name` starts from the forward codes, and not from the high-precision tensor."""
+        spec = self.slot(name)
+        return self.dequantized(name) or (spec is not None and spec.source != "master")
+
     def word(self, name: str) -> str:
         """What slot `name` is, for tables: the spec's label, `dequant` or `bf16`."""
         spec = self.slot(name)
         return spec.label() if spec else "dequant" if self.dequantized(name) else HIGH_PRECISION
+
+    def with_high_precision_backward(self) -> LinearRecipe:
+        """The same forward GEMM, and backward ones in which nothing is quantized anew: `dequant` stays."""
+        dgrad = Dgrad(w="dequant" if self.dequantized("dgrad.w") else None)
+        wgrad = Wgrad(x="dequant" if self.dequantized("wgrad.x") else None)
+        return LinearRecipe(fprop=self.fprop, dgrad=dgrad, wgrad=wgrad)
 
     def gemm_is_fp4(self, gemm: str) -> bool:
         """Whether both operands of `gemm` have at most 4 bits, so that FP4 tensor cores run it where they exist."""
@@ -205,10 +216,10 @@ def _check_source(name: str, spec: QuantSpec | None, forward: QuantSpec | None) 
             f"{name}.source = {spec.source} needs quantized forward codes, but the forward operand is bf16"
         )
     if spec.source == "requant":
-        if forward.rotation is not None:
+        if forward.rotation is not None and forward.rotation.signs == "fresh":
             raise ValueError(
-                f"{name}.source = requant reads forward codes in the original basis, but the forward operand has"
-                f" rotation = {forward.rotation}; use master, or no rotation in fprop"
+                f"{name}.source = requant turns forward codes back into the original basis, but the forward operand has"
+                f" rotation = {forward.rotation}, whose signs are not kept; use master, or fixed signs or none in fprop"
             )
         return
     rows, cols = spec.shape
@@ -265,8 +276,10 @@ class Rule:
 class Phase:
     """From some step on, something else holds.
 
-    use                linears follow another LinearRecipe: `use: {fp4: fp4_tail}`
-    assign             rules that come before the recipe's own: other layers or roles get other LinearRecipes
+    Phases act in their order, so that later ones win over earlier ones that run too.
+
+    use                linears follow another LinearRecipe: `use: {fp4: fp4_tail}`, by the names that rules gave them
+    assign             rules that come before the recipe's own and win over this phase's `use`
     lr                 another learning-rate shape;  optimizer_state   other dtypes of master weights and moments
     last, step, trigger
                        start: a fraction of the run before its end, an absolute step, or a trigger; exactly one
@@ -335,38 +348,72 @@ class Recipe:
         if unused:
             raise ValueError(f"linears.{min(unused)} is used by no rule and no phase")
         _check_training(self)
+        _check_phases(self)
 
     def linear(self, name: str) -> LinearRecipe:
         """The LinearRecipe called `name`; `bf16` is the one without quantizers."""
         return LinearRecipe() if name == HIGH_PRECISION else self.linears[name]
 
-    def variants(self, name: str) -> list[LinearRecipe]:
-        """The LinearRecipe called `name`, and those that enabled phases turn it into."""
-        names = [name]
-        for phase in (p for p in self.phases if p.enabled):
-            names += [rule.linear for rule in phase.assign]
-            names += [phase.use[n] for n in names if n in phase.use]
-        return [self.linear(n) for n in dict.fromkeys(names)]
-
     @property
     def steers_optimizer(self) -> bool:
         """Whether something acts around the optimizer's step: gradients, weights, averages of weights, state dtypes."""
-        averaged = any(isinstance(w.rounding, Ema) for linear in self.linears.values() if (w := linear.fprop.w))
-        rounded = self.optimizer_state or any(p.optimizer_state for p in self.phases if p.enabled)
-        return bool(self.gradients or self.weights or averaged or rounded)
+        return bool(self.gradients or self.weights or self.averages_weights or self.rounds_optimizer_state)
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether a weight is rounded by its moving average."""
+        return any(isinstance(w.rounding, Ema) for linear in self.linears.values() if (w := linear.fprop.w))
+
+    @property
+    def watches_weights(self) -> bool:
+        """Whether something compares whole weights with their quantized values, or averages them, after each step."""
+        return bool(self.weights) or self.averages_weights
+
+    @property
+    def rounds_optimizer_state(self) -> bool:
+        """Whether masters or moments have dtypes of their own, now or in a phase."""
+        return bool(self.optimizer_state or any(p.optimizer_state for p in self.phases if p.enabled))
 
     @property
     def keeps_state(self) -> bool:
         """Whether a run keeps something from step to step beside weights and moments, which a checkpoint must hold."""
-        specs = [spec for linear in self.linears.values() for slot in SLOTS if (spec := linear.slot(slot))]
-        held = any(not isinstance(s.amax, Current) or isinstance(s.outlier, Channels | HotResidual) for s in specs)
-        triggered = any(phase.trigger is not None for phase in self.phases if phase.enabled)
-        return held or triggered or self.steers_optimizer
+        return bool(self.kept_state)
+
+    @property
+    def kept_state(self) -> tuple[str, ...]:
+        """What `keeps_state` asks about, in words; each once."""
+        specs = [
+            (f"linears.{name}.{slot}", spec)
+            for name, linear in self.linears.items()
+            for slot in SLOTS
+            if (spec := linear.slot(slot))
+        ]
+        words = [f"{at}.amax: {s.amax.kind}" for at, s in specs if not isinstance(s.amax, Current)]
+        words += [f"{at}.outlier: {s.outlier.kind}" for at, s in specs if isinstance(s.outlier, Channels | HotResidual)]
+        words += [f"phases.{p.name}.trigger: {p.trigger.kind}" for p in self.phases if p.enabled and p.trigger]
+        words += [f"{name}: {b.kind}" for name in ("gradients", "weights") for b in getattr(self, name)]
+        words += ["moving averages of weights"] if self.averages_weights else []
+        return (*words, *(["optimizer_state"] if self.rounds_optimizer_state else []))
 
     @property
     def wants_fp4(self) -> bool:
-        """Whether any rule asks for quantized operands."""
-        return any(not self.linear(rule.linear).is_high_precision for rule in self.rules)
+        """Whether any rule, or an enabled phase, asks for quantized operands."""
+        phases = [phase for phase in self.phases if phase.enabled]
+        rules = [*self.rules, *(rule for phase in phases for rule in phase.assign)]
+        names = {rule.linear for rule in rules} | {name for phase in phases for name in phase.use.values()}
+        return any(not self.linear(name).is_high_precision for name in names)
+
+
+def _check_phases(recipe: Recipe) -> None:
+    """What a trigger measures must exist."""
+    backward = ("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
+    rounded = any(linear.slot(slot) is not None for linear in recipe.linears.values() for slot in backward)
+    for phase in (p for p in recipe.phases if p.enabled):
+        if isinstance(phase.trigger, GradNoise) and not rounded:
+            raise ValueError(
+                f"phase {phase.name!r} waits for the gradient's noise (trigger: grad_noise), but no linear quantizes a"
+                " backward operand; give it last, step or another trigger"
+            )
 
 
 def _check_training(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ from dataclasses import field
 from typing import Any, Literal
 
 from fp4dist.spec.frozen import frozen
+from fp4dist.spec.phases import GradNoise
 from fp4dist.spec.recipe import Recipe
 from fp4dist.spec.training import OptimizerState, QRamping
 
@@ -328,6 +329,7 @@ class RunConfig:
                 f"optim.warmup_steps = {self.optim.warmup_steps} must be smaller than train.steps = {self.train.steps}"
             )
         _check_optimizer(self.optim, self.engine, self.parallel, self.recipe)
+        _check_phases(self.recipe, self.train.steps, self.engine)
         if self.engine.kind == "deepspeed" and self.parallel.pp > 1 and self.engine.zero_stage >= 2:
             raise ValueError(
                 f"engine.zero_stage = {self.engine.zero_stage} with parallel.pp = {self.parallel.pp}: ZeRO 2 and 3"
@@ -344,12 +346,18 @@ class RunConfig:
 def _check_optimizer(optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, recipe: Recipe) -> None:
     """What reaches into the optimizer needs its tensors at hand, tensor by tensor."""
     flat = engine.kind == "deepspeed" and engine.zero_stage > 0
-    reaching = [b.kind for b in (*recipe.gradients, *recipe.weights)]
+    reaching = [b.kind for b in (*recipe.gradients, *recipe.weights)] + ["ema"] * recipe.averages_weights
     if flat and (reaching or any(_rounds_state(recipe))):
         raise ValueError(
             f"engine.zero_stage = {engine.zero_stage}: recipe {recipe.name} has"
             f" {', '.join(reaching) or 'optimizer_state'}, which work on single tensors, and ZeRO's partitions do not"
             " know where one ends; use engine.kind: megatron, or zero_stage 0"
+        )
+    if engine.fp4_param_gather and recipe.watches_weights:
+        watching = [control.kind for control in recipe.weights] + ["ema"] * recipe.averages_weights
+        raise ValueError(
+            f"engine.fp4_param_gather: recipe {recipe.name} has {', '.join(watching)}, which looks at whole weights,"
+            " and this gather leaves a rank their codes alone; set fp4_param_gather: false"
         )
     if optim.clip_grad > 0 and any(isinstance(control, QRamping) for control in recipe.weights):
         raise ValueError(
@@ -363,6 +371,11 @@ def _check_optimizer(optim: OptimConfig, engine: EngineConfig, parallel: Paralle
             " its row and column factors need whole matrices, not flat pieces of them; use engine.kind: deepspeed with"
             " zero_stage 0 and parallel.tp 1"
         )
+    if optim.kind != "adamw" and engine.fp4_param_gather:
+        raise ValueError(
+            f"optim.kind = {optim.kind} with engine.fp4_param_gather: Megatron's distributed optimizer, whose updated"
+            " weights it gathers, takes AdamW alone; use adamw, or set fp4_param_gather: false"
+        )
     if optim.kind != "adamw" and (recipe.gradients or recipe.weights or any(_rounds_state(recipe))):
         raise ValueError(
             f"optim.kind = {optim.kind}: recipe {recipe.name} works on AdamW's moments and update; use adamw"
@@ -372,6 +385,23 @@ def _check_optimizer(optim: OptimConfig, engine: EngineConfig, parallel: Paralle
 def _rounds_state(recipe: Recipe) -> list[bool]:
     states = [recipe.optimizer_state, *(p.optimizer_state for p in recipe.phases if p.enabled)]
     return [state not in (None, OptimizerState()) for state in states]
+
+
+def _check_phases(recipe: Recipe, steps: int, engine: EngineConfig) -> None:
+    """What a phase waits for must be measured; its warm-up must fit into what is left of the run."""
+    for phase in (p for p in recipe.phases if p.enabled):
+        if engine.kind == "deepspeed" and isinstance(phase.trigger, GradNoise):
+            raise ValueError(
+                f"engine.kind = deepspeed: phase {phase.name} of recipe {recipe.name} waits for the gradient's noise"
+                " (trigger: grad_noise), and DeepSpeed reduces gradients into the optimizer's own buffers, which only"
+                " its step empties; use engine.kind: megatron, or give the phase a step, last or a manual trigger"
+            )
+        start, warmup = phase.start(steps), phase.lr.warmup if phase.lr else 0
+        if start is not None and start < steps <= start + warmup and warmup >= 1:
+            raise ValueError(
+                f"phase {phase.name} of recipe {recipe.name} warms the learning rate up for {warmup:g} steps, and"
+                f" starts {steps - start} steps before train.steps = {steps}; lower its lr.warmup or start it earlier"
+            )
 
 
 def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -4,7 +4,8 @@ The value of an operand is the sum of its parts, and a GEMM multiplies sums:
 
     (A + a) (B + b)^T = A B^T + a (B + b)^T + A b^T
 
-A B^T runs in FP4, the rest are side GEMMs of rank k or of few elements, in high precision.
+A B^T runs in FP4, the rest are side GEMMs of rank k or of few elements, in high precision. Parts are taken out of the
+operand in its original basis, the split first; a rotation then acts on what is left and on what was taken out.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ Split = Mean | LowRank
 @frozen
 class Occ:
     """Outlier clamping and compensation (arXiv:2501.17116): clamp to the alpha and 1 - alpha quantiles, and keep the
-    sparse rest.
+    sparse rest, which meets the other operand's quantized value.
 
-    alpha        upper quantile; the lower one is 1 - alpha
+    alpha        upper quantile by nearest rank (an element of the logical row or tensor); the lower one has as many
+                 elements below it as that has above
     per          row (a token) or tensor
     compensate   false drops what was clamped, as the released code does
     precision    of the rest
@@ -88,7 +90,8 @@ class TopK:
 @frozen
 class Channels:
     """Some input channels of a linear in higher precision in both operands (arXiv:2510.27527, OutControl): those with
-    the largest norm over `collect` steps after step `after`; chosen once.
+    the largest norm over `collect` steps after step `after`; chosen once. In wgrad these rows of x meet dY in the same
+    precision; an FP8 block keeps its place among all channels, of which it scales the chosen ones.
 
     share      of all input channels, rounded up to a multiple of `multiple`
     """

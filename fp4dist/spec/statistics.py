@@ -1,7 +1,8 @@
 """Which amax a scale of the whole tensor is made from: the tensor's own, or one that a controller keeps between steps.
 
 A controller sees the amax of every tensor that it scales, takes the maximum over a step's micro-batches and all ranks,
-and decides after the step; so what it keeps is the same on every rank and is saved with the run.
+and decides after the step; so what it keeps is the same on every rank and is saved with the run. Of gradients it keeps
+the amax in units of the mean loss over all data-parallel ranks, so that a run may go on in another layout.
 """
 
 from __future__ import annotations

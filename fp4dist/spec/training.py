@@ -64,14 +64,17 @@ class AdaNorm:
 
 @frozen
 class MomentReset:
-    """Set Adam's moments to 0 every so many steps (SPAM, Stable-SPAM).
+    """Set Adam's moments to 0 before the update of every step whose number (from 1) is a multiple of `every`.
 
-    warmup   steps after a reset in which the learning rate is multiplied by 1 - c, c falling from 0.99 to 0 by a cosine
+    warmup    steps from a reset on in which the learning rate is multiplied by 1 - c, c falling from 0.99 to 0 by a
+              cosine
+    restart   Adam's step count, which its bias correction uses, starts anew too (Stable-SPAM); SPAM lets it go on
     """
 
     kind: Literal["moment_reset"] = "moment_reset"
     every: int = 500
     warmup: int = 0
+    restart: bool = True
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.warmup < self.every:
@@ -131,13 +134,20 @@ class OsciReset:
                 f"threshold = {self.threshold} must be positive, margin = {self.margin} in (0, 1), share ="
                 f" {self.share} in (0, 1]"
             )
+        if self.share < 1 and self.criterion == "bin_edge":
+            raise ValueError(
+                f"share = {self.share} with criterion: bin_edge: nothing is tracked there, the weights at the window's"
+                " end are looked at; leave share out"
+            )
 
 
 @frozen
 class QRamping:
-    """Oscillating weights are updated less often by more (arXiv:2502.20853): over `probe` steps of every `every`,
-    R as in OsciReset; the period is N = min(floor(R / step_ratio) * stretch + 1, longest); such a weight collects
-    its gradients for N steps, then takes one AdamW step with their mean and N times the learning rate.
+    """Oscillating weights are updated less often by more (arXiv:2502.20853): over `probe` steps of every `every` R is
+    measured as in OsciReset; the period is N = min(floor(R / step_ratio) * stretch + 1, longest); such a weight
+    collects its gradients for N steps, then takes one AdamW step with their mean and N times the learning rate.
+
+    Known deviation: probes are steps of the run, with period 1; as published they are run aside and taken back.
     """
 
     kind: Literal["q_ramping"] = "q_ramping"

@@ -2,6 +2,7 @@
 
     <run folder>/checkpoints/step_00000100/manifest.json   what it is (written last)
                                            state/          the engine's files
+                                           controllers.pt  what the recipe keeps from step to step, if it does
                             /latest                        the name of the newest one
 
 A checkpoint is written into `.tmp-*` and renamed when it is complete; what a killed save left behind is removed at
@@ -35,6 +36,7 @@ from fp4dist.spec.run import RunConfig
 log = logging.getLogger("fp4dist")
 FORMAT = 1
 STATE = "state"
+CONTROLLERS = "controllers.pt"
 UNIVERSAL = "universal"  # inside STATE: what DeepSpeed's ds_to_universal.py made of a checkpoint; fits every layout
 _UNIVERSAL_STAGES = {1: (1, 2), 2: (1, 2), 3: (3,)}  # ZeRO stage that wrote -> stages that can read
 _MANIFEST, _LATEST, _TMP, _OLD = "manifest.json", "latest", ".tmp-", ".old-"
@@ -181,6 +183,38 @@ def _check_deepspeed(
             f"{place}: DeepSpeed's files are full pickles, which run code when they are read, and this folder is not"
             " the run's own; if you made them, set checkpoint.trusted: true"
         )
+
+
+def write_controllers(state: Path, kept: dict[str, Any]) -> None:
+    """Write AppliedRecipe.state_dict() into the checkpoint whose engine's files go to `state`. On one rank."""
+    with (state.parent / CONTROLLERS).open("wb") as f:
+        torch.save(kept, f)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_controllers(folder: Path, recipe: str) -> dict[str, Any]:
+    """What `write_controllers` wrote into a checkpoint of a recipe that keeps state; CheckpointError where it is not
+    there or not plain data.
+    """
+    try:
+        kept = _load_plain((folder / CONTROLLERS).read_bytes())
+    except FileNotFoundError as e:
+        raise CheckpointError(
+            f"checkpoint {folder}: no {CONTROLLERS}, in which recipe {recipe} keeps its state from step to step; it is"
+            " incomplete: use another checkpoint, or start afresh"
+        ) from e
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError) as e:
+        raise CheckpointError(
+            f"checkpoint {folder}: {CONTROLLERS} is not the plain data that fp4dist writes ({type(e).__name__}: {e});"
+            " use another checkpoint"
+        ) from e
+    missing = {"controllers", "phases", "optimizer"} - set(kept if isinstance(kept, dict) else ())
+    if missing:
+        raise CheckpointError(
+            f"checkpoint {folder}: {CONTROLLERS} lacks {', '.join(sorted(missing))}; use another checkpoint"
+        )
+    return kept
 
 
 class Store:

@@ -58,6 +58,12 @@ class Engine(Protocol):
         """
         ...
 
+    def probe(self, batches: Iterator[Batch]) -> float:
+        """|g| / |g_q - g| on one micro-batch, the first of `batches`, run with high-precision and with quantized
+        backward operands; equal on every rank, nothing is updated. The clock must show the step that comes next.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Write this rank's part of model, optimizer and random states into the empty `folder`."""
         ...

@@ -30,6 +30,7 @@ from fp4dist.megatron.chunks import layer_offset
 from fp4dist.megatron.provider import tp_partial_parameters
 from fp4dist.megatron.upstream import GPTModel, parallel_state
 from fp4dist.nn.apply import AppliedRecipe
+from fp4dist.nn.optimizer import OptimizerControl
 from fp4dist.nn.triage import Triage, triage
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
@@ -55,6 +56,7 @@ from fp4dist.train.engine import (
     replicas,
     sequence_parts,
 )
+from fp4dist.train.optimizer_shards import deepspeed_control, lend_gradients
 from fp4dist.train.schedule import PipelineSchedule
 from fp4dist.train.world import World
 
@@ -132,7 +134,7 @@ class DeepSpeedEngine:
         save_tensors_only(module)
         self._universal_info = universal_info(config, module)
         self._clips = clips_itself(config)
-        self._adamw: Any = optim.make_adamw(module, config, world.device)
+        self._adamw: Any = optim.make_optimizer(module, config, world.device)
         self._adamw.held = True  # some of DeepSpeed's optimizers take a step to make their state
         settings = make_settings(config, world, module, dtype, Mpu())
         if config.engine.deepspeed:
@@ -143,7 +145,10 @@ class DeepSpeedEngine:
         self._adamw.held = False
         keep_gradients_fp32(module)
         _stage_in_fp32(self._optimizer, dtype)
-        self._schedule = optim.make_schedule(self._optimizer, config)
+        self._control: OptimizerControl | None = None
+        if config.recipe.steers_optimizer:
+            self._control = self._attach_control()
+        self._schedule = optim.make_schedule(self._optimizer, config, applied.phases)
         self.optimizer_name = f"{optim.describe(self._adamw)} under DeepSpeed ZeRO-{config.engine.zero_stage}"
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
@@ -179,8 +184,17 @@ class DeepSpeedEngine:
             self.evaluate(islice(batches, self._micro_batches))
         return found
 
+    def probe(self, batches: Iterator[Batch]) -> float:
+        """Not here: DeepSpeed reduces gradients into the optimizer's own buffers, which only its step empties."""
+        raise ConfigError(
+            "engine.kind = deepspeed cannot measure the gradient's noise, for which a phase of the recipe waits; use"
+            " engine.kind: megatron, or give the phase a step"
+        )
+
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's own checkpoint files, with the random states and what a universal checkpoint needs."""
+        if self._control is not None:
+            self._control.before_save()
         client = {"random": random_states(), UNIVERSAL_CHECKPOINT_INFO: self._universal_info}
         self._engine.save_checkpoint(str(folder), tag=_TAG, client_state=client, save_latest=False)
 
@@ -208,6 +222,8 @@ class DeepSpeedEngine:
             _place_steps(self._adamw)
         else:
             restore_random_states(client["random"])
+        if self._control is not None:
+            self._control.after_load()
         optim.restore_settings(self._optimizer.param_groups, own)
         optim.place_schedule(self._schedule, step)
 
@@ -253,29 +269,52 @@ class DeepSpeedEngine:
         ZeRO looks at the norm by itself and drops the gradients when it is not finite; where it does not, and for a
         loss that is not finite, AdamW is held while DeepSpeed goes through its step.
         """
-        norm = self._clip() if self._clips else None
+        norm = self._norm() if self._clips else None
         held = not finite_loss or (norm is not None and not finite(norm))
         if self.config.parallel.tp > 1:
             held = self.world.any(self._watch.found_bad() or held)
+        if norm is not None and not held:
+            self._clip(self._steer_gradients(norm))
         self._adamw.held = held
         self._engine.step()
+        held = held or not self._engine.was_step_applied()
+        if self._control is not None and not held:
+            self._control.settled(self.applied.clock.step)
         self._adamw.held = False
         if norm is None:
             norm = float(self._engine.get_global_grad_norm() or 0.0)
-        return norm, held or not self._engine.was_step_applied()
+        return norm, held
 
-    def _clip(self) -> float:
-        """L2 norm of the reduced gradients that lie in `.grad`, each shard counted once; clips them by it."""
+    def _attach_control(self) -> OptimizerControl:
+        """The recipe's parts around AdamW's update, which DeepSpeed calls in the middle of its step."""
+        control = deepspeed_control(self._optimizer, self._adamw, self._stages, self.applied, self.config.train.steps)
+        self._adamw.before_update = lambda: control.before_update(self.applied.clock.step)
+        self._adamw.after_update = lambda: control.after_update(self.applied.clock.step)
+        return control
+
+    def _steer_gradients(self, norm: float) -> float:
+        """Let the recipe transform the gradients; the norm to clip them by, which is `norm` without a recipe's."""
+        if self._control is None:
+            return norm
+        lend_gradients(self._control)
+        self._control.before_step(self.applied.clock.step)
+        return self._norm() if self.config.optim.clip_grad > 0 else norm
+
+    def _norm(self) -> float:
+        """L2 norm of the reduced gradients that lie in `.grad`, each shard counted once."""
         grads = [p.grad for p in counted_parameters(self._engine.module) if p.grad is not None]
         square = torch.zeros((), dtype=torch.float32, device=self.world.device)
         if grads:
             square += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float()) ** 2
         dist.all_reduce(square, group=_one_replica())
-        norm, limit = float(square.sqrt()), self.config.optim.clip_grad
-        if limit > 0 and norm > limit and finite(norm):
+        return float(square.sqrt())
+
+    def _clip(self, norm: float) -> None:
+        """Clip the gradients by their norm."""
+        limit = self.config.optim.clip_grad
+        if limit > 0 and norm > limit:
             every = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             torch._foreach_mul_(every, limit / (norm + _CLIP_EPS))
-        return norm
 
     def _set_training(self, on: bool) -> None:
         self._engine.train(on)

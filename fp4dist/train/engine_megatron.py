@@ -25,17 +25,27 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fp4dist.errors import CheckpointError
+from fp4dist.errors import CheckpointError, ConfigError
 from fp4dist.megatron.chunks import layer_offset
 from fp4dist.megatron.param_gather import Fp4ParamGather
 from fp4dist.megatron.upstream import GPTModel, parallel_state
 from fp4dist.nn.apply import AppliedRecipe
+from fp4dist.nn.optimizer import OptimizerControl
 from fp4dist.nn.triage import Triage, triage
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
 from fp4dist.train.checkpoint import random_states, restore_random_states, vet_torch_dist
 from fp4dist.train.data import Batch
 from fp4dist.train.engine import ReplicaWatch, StepResult, finite, replicas
+from fp4dist.train.noise import NoiseProbe
+from fp4dist.train.optimizer_shards import (
+    already_stepped,
+    megatron_control,
+    saved_slices,
+    sharded_slices,
+    step_masters,
+    written_slices,
+)
 from fp4dist.train.schedule import PipelineSchedule
 from fp4dist.train.world import World
 
@@ -51,16 +61,25 @@ class MegatronEngine:
         self.config, self.world, self.applied = config, world, applied
         self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * world.dp_size)
         self._watches = [ReplicaWatch(chunk) for chunk in chunks]
-        self._overlap = config.engine.overlap and _replicated(config, world)
-        self._chunks = _wrap(chunks, world, overlap=self._overlap)
+        overlap = config.engine.overlap and _replicated(config, world)
+        self._sharded = config.optim.kind == "adamw"  # Megatron's DistributedOptimizer takes no other
+        at_once = config.recipe.watches_weights
+        self._overlap = overlap and self._sharded and not at_once  # gather weights in the next forward pass
+        if overlap and at_once:
+            log.info("engine.overlap: not of the gather, recipe %s looks at new weights at once", config.recipe.name)
+        self._chunks = _wrap(chunks, world, overlap_reduce=overlap, overlap_gather=self._overlap, sharded=self._sharded)
         self._optimizer = _make_optimizer(self._chunks, config, dtype, overlap=self._overlap)
-        self._learning_rate = optim.make_schedule(self._optimizer, config)
+        self._control: OptimizerControl | None = None
+        if config.recipe.steers_optimizer:
+            self._control = megatron_control(self._optimizer, chunks, applied, config.train.steps)
+        self._learning_rate = optim.make_schedule(self._optimizer, config, applied.phases)
         self._schedule = PipelineSchedule(config, world, self._chunks, applied)
         self._gather = Fp4ParamGather(self._chunks, applied) if config.engine.fp4_param_gather else None
         if self._gather is not None:
             log.info("%s", self._gather.report())
         inner = [o.optimizer for o in self._optimizer.chained_optimizers if o.optimizer is not None]
-        self.optimizer_name = f"{', '.join(map(optim.describe, inner))} under Megatron's DistributedOptimizer"
+        kind = type(self._optimizer.chained_optimizers[0]).__name__
+        self.optimizer_name = f"{', '.join(map(optim.describe, inner))} under Megatron's {kind}"
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """Forward and backward over this rank's micro-batches, then the update, unless something is not finite."""
@@ -110,25 +129,48 @@ class MegatronEngine:
         self._optimizer.zero_grad()
         return found
 
+    def probe(self, batches: Iterator[Batch]) -> float:
+        """See `Engine.probe`."""
+        for chunk in self._chunks:
+            chunk.train()
+        ratio = NoiseProbe(
+            self.config, self.world, self._chunks, self._optimizer, self._schedule, self.applied
+        ).measure(batches)
+        for watch in self._watches:
+            watch.found_bad()  # forget what it saw now
+        return ratio
+
     def save(self, folder: Path) -> None:
         """Write model, optimizer and random states with dist_checkpointing."""
         self._finish_gathers()
-        dist_checkpointing.save(self._sharded_state(is_loading=False, with_random=True), str(folder))
+        slices: Sequence[str] = ()
+        if self._control is not None:
+            self._control.before_save()
+            slices = written_slices(self._control)
+        dist_checkpointing.save(self._sharded_state(is_loading=False, with_random=True, slices=slices), str(folder))
 
     def load(self, folder: Path, *, step: int, same_layout: bool) -> None:
         """Read them back into any parallel layout; random states only into the same one."""
         self.world.from_rank0(lambda: vet_torch_dist(folder))
         own = optim.own_settings(self._optimizer.param_groups)
+        control = self._control
+        slices = saved_slices(control, folder) if control is not None else []
         with torch.no_grad():  # fp32 master weights are views of the parameters, which are leaves
-            wanted = self._sharded_state(is_loading=True, with_random=same_layout)
+            wanted = self._sharded_state(is_loading=True, with_random=same_layout, slices=slices)
             state = _read(wanted, folder)
             for key, chunk in self._keyed_chunks():
                 chunk.module.load_state_dict(state[key])
             parts = self._optimizer.chained_optimizers
             saved = state["optimizer"]
-            for i, part in enumerate(parts):
+            if not self._sharded:
+                self._optimizer.load_state_dict(saved)
+            for i, part in enumerate(parts if self._sharded else ()):
                 if part.buffers:  # else it stands for the experts of other pipeline stages
                     _restore_part(part, saved if len(parts) == 1 else saved[i])
+            if control is not None:
+                for key in slices:
+                    control.shards.scatter(key, state["control"][key])
+                control.after_load()
         optim.restore_settings(self._optimizer.param_groups, own)
         if same_layout:
             restore_random_states(state["random"])
@@ -148,13 +190,27 @@ class MegatronEngine:
                 chunk.start_param_sync(force_sync=True)
 
     def _update(self, norm: float) -> None:
-        """Clip by a norm that is already known and step, as Megatron's ChainedOptimizer.step does."""
-        limit = self.config.optim.clip_grad
+        """Clip by a norm that is already known and step, as Megatron's ChainedOptimizer.step does.
+
+        What the recipe does to gradients comes before clipping, which then goes by the norm of what that has made.
+        """
+        limit, control, step = self.config.optim.clip_grad, self._control, self.applied.clock.step
+        if control is not None:
+            control.before_step(step)
+            norm = float(self._optimizer.get_grad_norm()) if limit > 0 else norm
         for part in self._optimizer.chained_optimizers:
             parameters = part.get_parameters()
             if limit > 0 and parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=norm)
-        self._optimizer.step_with_ready_grads()
+        if control is None:
+            self._optimizer.step_with_ready_grads()
+            return
+        control.before_update(step)
+        step_masters(self._optimizer)
+        control.after_update(step)
+        with already_stepped(self._optimizer):
+            self._optimizer.step_with_ready_grads()
+        control.settled(step)
 
     def _keyed_chunks(self) -> list[tuple[str, DistributedDataParallel]]:
         """The chunks under Megatron's names in a state dict; the names of their tensors do not depend on the layout."""
@@ -162,8 +218,8 @@ class MegatronEngine:
             return [("model", self._chunks[0])]
         return [(f"model{i}", chunk) for i, chunk in enumerate(self._chunks)]
 
-    def _sharded_state(self, *, is_loading: bool, with_random: bool) -> dict[str, Any]:
-        """The state as Megatron's sharded state dict.
+    def _sharded_state(self, *, is_loading: bool, with_random: bool, slices: Sequence[str]) -> dict[str, Any]:
+        """The state as Megatron's sharded state dict; `slices` of the control's belong to it.
 
         Optimizer tensors have the shape of their parameters, so that they can be cut anew for another layout.
         """
@@ -174,6 +230,8 @@ class MegatronEngine:
         }
         model = state["model"] if len(self._chunks) == 1 else dict(state)
         state["optimizer"] = self._sharded_optimizer(model, is_loading=is_loading, metadata=metadata)
+        if slices and self._control is not None:
+            state["control"] = sharded_slices(self._control, model, slices)
         if with_random:
             state["random"] = self._sharded_random_states()
         return state
@@ -187,6 +245,8 @@ class MegatronEngine:
         groups, which Megatron makes equal on all ranks: what is not sharded is saved by rank 0 for all.
         """
         parts = self._optimizer.chained_optimizers
+        if not self._sharded:
+            return self._optimizer.sharded_state_dict(model, is_loading, metadata={"dp_cp_group": replicas()})
         if len(parts) == 1:
             return parts[0].sharded_state_dict(model, is_loading, metadata=metadata)
         states: dict[Any, Any] = {}
@@ -222,19 +282,23 @@ def _replicated(config: RunConfig, world: World) -> bool:
     return world.dp_size * config.parallel.cp > 1
 
 
-def _wrap(chunks: Sequence[GPTModel], world: World, *, overlap: bool) -> list[DistributedDataParallel]:
+def _wrap(
+    chunks: Sequence[GPTModel], world: World, *, overlap_reduce: bool, overlap_gather: bool, sharded: bool
+) -> list[DistributedDataParallel]:
     """Data parallelism with fp32 gradients.
 
-    overlap   reduce the gradients of a bucket while backward goes on, gather weights while the next forward pass runs
+    overlap_reduce   reduce the gradients of a bucket while backward goes on
+    overlap_gather   gather updated weights while the next forward pass runs
+    sharded          each rank updates a part of the weights
     """
     config = get_model_config(chunks[0])
     wrapped = []
     for i, chunk in enumerate(chunks):
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
+            use_distributed_optimizer=sharded,
+            overlap_grad_reduce=overlap_reduce,
+            overlap_param_gather=overlap_gather,
         )
         for name, parameter in chunk.named_parameters():
             if ".local_experts." in name:  # an optimizer of their own at ep 1 too, so that checkpoints have one form
@@ -251,18 +315,20 @@ def _make_optimizer(
 ) -> Any:
     """Megatron's optimizer with all its state in place, so that it can be saved before the first update."""
     o = config.optim
+    sharded = o.kind == "adamw"
     settings = OptimizerConfig(
-        optimizer="adam",
+        optimizer="adam" if sharded else "sgd",
         lr=o.lr,
         min_lr=o.min_lr,
         weight_decay=o.weight_decay,
         adam_beta1=o.beta1,
         adam_beta2=o.beta2,
         adam_eps=o.eps,
+        sgd_momentum=o.momentum,
         clip_grad=o.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=sharded,
         overlap_param_gather=overlap,
     )
     optimizer: Any = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=False)
@@ -270,6 +336,13 @@ def _make_optimizer(
         if part.optimizer is not None:
             optim.use_fused_step(part.optimizer)
             optim.materialize_state(part.optimizer)
+        elif not sharded:
+            raise ConfigError(
+                f"optim.kind = {o.kind} with parallel.pp = {config.parallel.pp}: a pipeline stage without experts has"
+                " no optimizer for them, which Megatron's whole optimizers cannot save; use adamw, or pp 1"
+            )
+        if not sharded:
+            part.init_state_fn = lambda inner, *_: optim.materialize_state(inner)  # Megatron has none for SGD
     return optimizer
 
 
@@ -287,13 +360,16 @@ def _restore_part(part: Any, state: dict[str, Any]) -> None:
     Its own load_state_dict does not know torch's AdamW here (megatron-core 0.16 to 0.20): it looks for `step` among
     the reshardable tensors, where it is not, and gives all parameters one and the same `step` tensor, which each
     parameter's update would then advance. So `step` stays out of the way while the tensors are read, and comes back as
-    copies.
+    copies. What a recipe keeps there stays out too: it is read by itself.
     """
     tensors = state.pop("param_state")
     state.pop("param_state_sharding_type")
     part.load_state_dict(state)
     inner: torch.optim.Optimizer = part.optimizer
     steps = {p: s.pop("step") for p, s in inner.state.items() if isinstance(s.get("step"), Tensor)}
+    for kept in inner.state.values():
+        for key in set(kept) - {"exp_avg", "exp_avg_sq"}:
+            del kept[key]
     part.load_parameter_state_from_fully_reshardable(tensors)
     for p, step in steps.items():
         inner.state[p]["step"] = step.clone()

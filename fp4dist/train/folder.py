@@ -5,6 +5,7 @@ layers.json            every linear with its formats
 metrics.jsonl          one object a line; tensorboard/ the same for TensorBoard
 curves.png             the same as a picture
 checkpoints/           see checkpoint.py
+phases/                phases that were asked for by hand, see phase.py
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class RunFolder:
         self.curves = path / "curves.png"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self.phases = path / "phases"
 
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError when the folder holds a run of another configuration. Changes nothing."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import signal
 import statistics
 import threading
@@ -36,6 +37,7 @@ from fp4dist.nn.apply import AppliedRecipe, apply_recipe, plan_table
 from fp4dist.nn.triage import Triage
 from fp4dist.spec.build import plain
 from fp4dist.spec.load import config_hash, dump
+from fp4dist.spec.phases import Manual
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import checkpoint, data, memory
 from fp4dist.train.checkpoint import Manifest, Store
@@ -43,6 +45,7 @@ from fp4dist.train.engine import Engine, StepResult
 from fp4dist.train.folder import RunFolder
 from fp4dist.train.metrics import ConsoleSink, JsonlSink, Record, Sink, TensorboardSink, WandbSink, peak_tflops
 from fp4dist.train.packages import check_packages, versions
+from fp4dist.train.phase import Requests
 from fp4dist.train.plots import draw_curves
 from fp4dist.train.world import World, check_sizes, open_world
 
@@ -166,6 +169,9 @@ class _Training:
         self._peak = peak_tflops(config, torch.cuda.get_device_name(world.device) if on_gpu else "")
         self._speeds: list[float] = []
         self._val_losses: list[tuple[int, float]] = []
+        self._noise: float | None = None  # the gradient over its quantization noise, where the step measured it
+        self._requests = Requests(self.folder.phases)
+        self._noted: set[str] = set()  # manual phases whose start the run folder holds
 
     def run(self) -> RunSummary:
         """Everything between the process groups' birth and their end."""
@@ -227,12 +233,28 @@ class _Training:
         if p.ep > 1:  # ranks have random states of their own
             same = same and (m.dp, m.cp) == (self.world.dp_size, p.cp)
         self.engine.load(start.folder / checkpoint.STATE, step=m.step, same_layout=same)
+        self._load_kept(start.folder, m)
         self.applied.drop_caches()
         log.info("continuing from %s: step %d of %d", start.folder, m.step, self.config.train.steps)
         if m.recipe_hash != checkpoint.recipe_hash(self.config.recipe):
             log.info(
                 "the recipe changes from %s to %s (checkpoint.allow_recipe_change)", m.recipe, self.config.recipe.name
             )
+
+    def _load_kept(self, folder: Path, manifest: Manifest) -> None:
+        """What the recipe keeps from step to step; under a changed recipe it starts afresh."""
+        recipe, applied = self.config.recipe, self.applied
+        if manifest.recipe_hash == checkpoint.recipe_hash(recipe):
+            if recipe.keeps_state:
+                applied.load_state_dict(checkpoint.read_controllers(folder, recipe.name))
+            return
+        if applied.optimizer is not None:
+            applied.optimizer.after_load()
+        if recipe.keeps_state:
+            log.info(
+                "recipe %s keeps state from step to step (statistics, choices, phases, control of weights): it starts"
+                " afresh, because the checkpoint is of recipe %s", recipe.name, manifest.recipe,
+            )  # fmt: skip
 
     def _open_folder(self, start: _Start) -> None:
         """Rank 0: claim the folder, write what is known, open the sinks."""
@@ -253,6 +275,12 @@ class _Training:
             _layout(config, self.world.dp_size), self.engine.optimizer_name,
         )  # fmt: skip
         log.info("%s", self.applied.table())
+        for late in self.applied.phases.starts(config.train.steps):
+            if late.step >= config.train.steps:
+                log.warning(
+                    "phase %s starts at step %d, which the run of %d steps does not reach",
+                    late.phase, late.step, config.train.steps,
+                )  # fmt: skip
 
     @contextmanager
     def _watching_for_sigterm(self) -> Iterator[None]:
@@ -304,13 +332,16 @@ class _Training:
         """One optimizer step and its duration; the first one of a process is checked against the layer table."""
         assert self.engine is not None
         self._set_clock(step - 1)
+        noise = self._follow_triggers(step - 1)
         begin = time.perf_counter()
         result = self.engine.train_step(step, batches)
+        self.applied.settle(result.lr)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
         if check:
             self.applied.check_counts()
+        self._noise = noise
         return result, seconds
 
     def _evaluate(self, step: int) -> float | None:
@@ -329,8 +360,38 @@ class _Training:
         return {"dp_rank": w.dp_rank, "dp_size": w.dp_size, "cp_rank": w.cp_rank, "cp_size": w.cp_size}
 
     def _set_clock(self, updates: int) -> None:
-        for message in self.applied.set_step(updates, self.config.train.steps):
-            log.info("%s", message)
+        _tell(self.applied.set_step(updates, self.config.train.steps))
+
+    def _follow_triggers(self, updates: int) -> float | None:
+        """Start the phases that wait for a measurement or for a person; the gradient's noise, if it was measured."""
+        applied, world, ratio = self.applied, self.world, None
+        if applied.phases.measuring():
+            ratio = self._probe(updates) if applied.measures_noise else math.inf
+            _tell(applied.observe_noise(ratio))
+        waiting = applied.phases.manual()
+        if waiting and world.any(world.is_first and self._requests.exist(waiting)):
+            for name in world.from_rank0(lambda: self._requests.due(waiting, updates)):
+                _tell(applied.start_phase(name))
+        self._note_started()
+        return ratio
+
+    def _note_started(self) -> None:
+        """Rank 0: leave the starts of manual phases in the run folder, for the command and for a second way here."""
+        started = {s.phase: s.step for s in self.applied.phases.running()}
+        for name in [p.name for p in self.config.recipe.phases if isinstance(p.trigger, Manual)]:
+            if name in started and name not in self._noted:
+                self._noted.add(name)
+                self.world.from_rank0(lambda name=name: self._requests.write(name, started[name]))
+
+    def _probe(self, updates: int) -> float:
+        """The gradient over its quantization noise, on the first micro-batch of the step to come."""
+        assert self.engine is not None
+        consumed = updates * self.config.train.global_batch_size
+        ratio = self.engine.probe(
+            data.train_iterator(self.datasets, self.config, consumed_samples=consumed, **self._place())
+        )
+        log.info("step %d: the gradient is %.3f times its quantization noise", updates, ratio)
+        return ratio
 
     def _count_nonfinite(self, step: int, result: StepResult) -> None:
         self._streak = self._streak + 1 if result.skipped else 0
@@ -373,6 +434,7 @@ class _Training:
         speed = _step_tokens(self.config) / seconds
         self._speeds.append(speed)
         tflops = self._flops * speed / self.world.size / 1e12
+        started = [start for start in self.applied.phases.running() if start.step == step - 1]
         return Record(
             step=step,
             loss=result.loss,
@@ -384,6 +446,8 @@ class _Training:
             val_loss=val_loss,
             seconds=seconds,
             skipped=result.skipped,
+            grad_noise=self._noise,
+            phase="; ".join(f"{s.phase}: {s.reason}" for s in started) or None,
         )
 
     def _emit(self, record: Record) -> None:
@@ -397,7 +461,11 @@ class _Training:
         manifest = checkpoint.describe(
             config, step=step, dp=world.dp_size, streak=self._streak, skipped=self._skipped, versions=versions()
         )
-        self.engine.save(world.from_rank0(lambda: self.store.begin(step)))
+        state = world.from_rank0(lambda: self.store.begin(step))
+        self.engine.save(state)
+        if config.recipe.keeps_state:
+            kept = self.applied.state_dict()  # on every rank, and the same there
+            world.from_rank0(lambda: checkpoint.write_controllers(state, kept))
         world.barrier()
         published = world.from_rank0(lambda: self.store.publish(manifest, config.checkpoint.keep))
         log.info("step %d: saved %s", step, published)
@@ -427,6 +495,11 @@ class _Training:
         return summary
 
 
+def _tell(messages: Sequence[str]) -> None:
+    for message in messages:
+        log.info("%s", message)
+
+
 def _build(config: RunConfig, world: World) -> tuple[Engine, AppliedRecipe]:
     """The model under its recipe in its engine."""
     dtype = _DTYPES[config.train.dtype]
@@ -442,6 +515,8 @@ def _build(config: RunConfig, world: World) -> tuple[Engine, AppliedRecipe]:
         tokens=_tokens(config),
     )
     applied.clock.cache_weights = True  # weights change only between steps
+    if applied.controllers is not None:
+        applied.controllers.replicas = world.dp_size * world.cp_size
     if config.engine.kind == "megatron":
         from fp4dist.train.engine_megatron import MegatronEngine
 

@@ -12,10 +12,12 @@ from math import prod
 from fp4dist.megatron.coded_bucket import why_whole
 from fp4dist.megatron.sites import count_parameters, gpt_sites
 from fp4dist.nn.assign import assign
+from fp4dist.nn.sites import LinearSite
+from fp4dist.spec.blocks import Ema
 from fp4dist.spec.recipe import BLOCK_ROLES
 from fp4dist.spec.run import ModelConfig, RunConfig
 
-_FP32 = 4  # bytes
+_FP32, _PLACE = 4, 8  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,7 @@ class MemoryEstimate:
 
     parameters    number of parameters that this rank holds
     codes         what engine.fp4_param_gather keeps beside the weights: half a byte an element and one a block
+    controls      what the recipe keeps for each element of quantized weights: averages, open windows
     """
 
     parameters: int
@@ -33,6 +36,7 @@ class MemoryEstimate:
     activations: int
     logits: int
     codes: int = 0
+    controls: int = 0
 
     @property
     def total(self) -> int:
@@ -47,7 +51,8 @@ class MemoryEstimate:
 
     def largest(self) -> list[tuple[str, int]]:
         """(buffer, bytes), the largest first."""
-        names = ("weights", "gradients", "optimizer", "activations", "logits", *(("codes",) if self.codes else ()))
+        names = ["weights", "gradients", "optimizer", "activations", "logits"]
+        names += [name for name in ("codes", "controls") if getattr(self, name)]
         return sorted(((n, getattr(self, n)) for n in names), key=lambda item: -item[1])
 
 
@@ -81,6 +86,7 @@ def estimate(config: RunConfig, dp: int, *, element: int) -> MemoryEstimate:
         activations=_activations(config, element),
         logits=_logits(config, element),
         codes=_codes(config, dp * p.cp, expert_copies) if config.engine.fp4_param_gather else 0,
+        controls=_controls(config, dp * p.cp, expert_copies) if config.recipe.watches_weights else 0,
     )
 
 
@@ -109,13 +115,15 @@ def _norms(model: ModelConfig) -> int:
 def _states(config: RunConfig, count: int, dp: int, element: int) -> tuple[int, int, int]:
     """Bytes of (weights, gradients, optimizer) of `count` parameters that `dp` ranks hold alike.
 
-    Optimizer: two fp32 moments, and an fp32 master copy where the weights are not fp32 themselves.
-    Megatron: gradients in one fp32 buffer, optimizer state cut over data-parallel ranks.
+    Optimizer: two fp32 moments (SGD has one, Adafactor's are rows and columns), and an fp32 master copy where the
+    weights are not fp32 themselves.
+    Megatron: gradients in one fp32 buffer, AdamW's state cut over data-parallel ranks, SGD's whole.
     DeepSpeed: ZeRO 1 cuts the optimizer state, 2 also the gradients, 3 also the weights; gradients are fp32 as well.
     """
-    moments = 2 * _FP32 * count + (_FP32 * count if element < _FP32 else 0)
+    kept = {"adamw": 2, "sgd": int(config.optim.momentum > 0), "adafactor": 0}[config.optim.kind]
+    moments = kept * _FP32 * count + (_FP32 * count if element < _FP32 else 0)
     if config.engine.kind == "megatron":
-        return element * count, _FP32 * count, moments // dp
+        return element * count, _FP32 * count, moments // (dp if config.optim.kind == "adamw" else 1)
     stage = config.engine.zero_stage
     return (
         element * count // (dp if stage == 3 else 1),
@@ -126,14 +134,38 @@ def _states(config: RunConfig, count: int, dp: int, element: int) -> tuple[int, 
 
 def _codes(config: RunConfig, copies: int, expert_copies: int) -> int:
     """Bytes of the weights that ranks with equal parts of the model know of each other as codes."""
-    p, total = config.parallel, 0.0
+    total = 0.0
     for row in assign(gpt_sites(config.model), config.recipe).rows:
         recipe, is_expert = config.recipe.linear(row.linear), row.site.role == "expert"
         spec = recipe.fprop.w
         if spec is None or why_whole(recipe) is not None or (expert_copies if is_expert else copies) == 1:
             continue
-        ranks = p.pp * (p.ep if is_expert else p.tp) if row.site.role in BLOCK_ROLES else p.tp
-        total += row.site.in_features * row.site.out_features * (1 / 2 + 1 / prod(spec.shape)) / ranks
+        total += _elements(config, row.site) * (1 / 2 + 1 / prod(spec.shape))
+    return int(total)
+
+
+def _elements(config: RunConfig, site: LinearSite) -> float:
+    """Elements of a linear's weight on one rank, with a pipeline the mean over its stages."""
+    p = config.parallel
+    ranks = p.pp * (p.ep if site.role == "expert" else p.tp) if site.role in BLOCK_ROLES else p.tp
+    return site.in_features * site.out_features / ranks
+
+
+def _controls(config: RunConfig, copies: int, expert_copies: int) -> int:
+    """Bytes of moving averages, which are whole on every rank, and of open windows, which lie with the optimizer: w,
+    Q(w) and the ways of both, and the place where not every element is watched.
+    """
+    cut, total = config.engine.kind == "megatron", 0.0
+    for row in assign(gpt_sites(config.model), config.recipe).rows:
+        spec = config.recipe.linear(row.linear).fprop.w
+        if spec is None:
+            continue
+        elements = _elements(config, row.site)
+        pieces = (expert_copies if row.site.role == "expert" else copies) if cut else 1
+        total += _FP32 * elements if isinstance(spec.rounding, Ema) else 0
+        for control in config.recipe.weights:
+            share = {"osci_reset": getattr(control, "share", 1.0), "q_ramping": 1.0}.get(control.kind, 0.0)
+            total += share * (4 * _FP32 + (_PLACE if share < 1 else 0)) * elements / pieces
     return int(total)
 
 

@@ -1,7 +1,8 @@
 """Numbers of a run: one record a step, written to as many sinks as the run has.
 
 metrics.jsonl is always there: one JSON object a line with step, loss, lr, grad_norm, tokens_per_s, and val_loss where
-the model was evaluated. A number that is not finite is null, and a skipped step says `"skipped": true`.
+the model was evaluated. A number that is not finite is null, a skipped step says `"skipped": true`, and the first step
+of a phase says `"phase": "NAME: why it started"`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Record:
     val_loss: float | None = None
     seconds: float | None = None
     skipped: bool = False
+    grad_noise: float | None = None  # gradient over its quantization noise, measured before the step
+    phase: str | None = None  # the phases that started with this step, each with its reason
 
     def to_json(self) -> dict[str, Any]:
         """Known fields; non-finite numbers as null."""
@@ -109,9 +112,11 @@ class TensorboardSink:
         self._writer = SummaryWriter(str(folder), purge_step=resume_at + 1 if resume_at >= 0 else 0)
 
     def write(self, record: Record) -> None:
-        """One scalar a field."""
+        """One scalar a field, text for text."""
         for name, value in record.to_json().items():
-            if name != "step" and value is not None:
+            if isinstance(value, str):
+                self._writer.add_text(_tag(name), value, record.step)
+            elif name != "step" and value is not None:
                 self._writer.add_scalar(_tag(name), float(value), record.step)
 
     def close(self) -> None:
@@ -202,8 +207,8 @@ def peak_tflops(config: RunConfig, device_name: str) -> float | None:
 
 
 def _tag(name: str) -> str:
-    group = {"val_loss": "validation", "loss": "training", "lr": "training", "grad_norm": "training"}.get(name, "speed")
-    return f"{group}/{name}"
+    training = ("loss", "lr", "grad_norm", "grad_noise", "phase")
+    return f"{'validation' if name == 'val_loss' else 'training' if name in training else 'speed'}/{name}"
 
 
 def _clock(seconds: float) -> str:

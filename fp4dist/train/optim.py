@@ -1,19 +1,21 @@
-"""AdamW and its learning-rate schedule, the same for both engines.
+"""Optimizers and their learning-rate schedule, the same for both engines.
 
-NVIDIA apex's FusedAdam where it is built and a GPU is there, torch's fused AdamW otherwise. Matrices decay, vectors
-(norm weights, biases) do not. The schedule is Megatron-core's, in steps: `place_schedule(s)` gives the learning rate of
-step s, so a resumed run needs nothing but its step.
+AdamW is NVIDIA apex's FusedAdam where it is built and a GPU is there, torch's fused one otherwise; SGD and Adafactor,
+which are there for comparison, are torch's. Matrices decay, vectors (norm weights, biases) do not. The schedule is
+Megatron-core's, in steps: `place_schedule(s)` gives the learning rate of step s, so a resumed run needs nothing but its
+step and the starts of phases that change the rate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from fp4dist.nn.phases import Phases
 from fp4dist.spec.run import RunConfig
 from fp4dist.train.packages import has_nvidia_apex
 
@@ -26,6 +28,7 @@ _OWN_KEYS = (
     "weight_decay",
     "wd_mult",
     "betas",
+    "momentum",
     "eps",
 )  # set by the config, not by a checkpoint
 
@@ -34,17 +37,43 @@ class HoldMixin:
     """An optimizer whose `step` does nothing while `held`: how a step is skipped inside another engine's step."""
 
     held: bool = False
+    before_update: Callable[[], None] | None = None  # around an update that is not held
+    after_update: Callable[[], None] | None = None
 
     def step(self, closure: Any = None) -> Any:
         """Update the parameters, unless held."""
         if self.held:
             materialize_state(self)  # type: ignore[arg-type]  # engines look the state up after the first step
             return None
-        return super().step(closure)  # type: ignore[misc]
+        if self.before_update is not None:
+            self.before_update()
+        result = super().step(closure)  # type: ignore[misc]
+        if self.after_update is not None:
+            self.after_update()
+        return result
 
 
 class HeldAdamW(HoldMixin, torch.optim.AdamW):
     """torch's AdamW with `held`."""
+
+
+class HeldSGD(HoldMixin, torch.optim.SGD):
+    """torch's SGD with `held`."""
+
+
+class HeldAdafactor(HoldMixin, torch.optim.Adafactor):
+    """torch's Adafactor with `held`."""
+
+
+def make_optimizer(model: nn.Module, config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of `optim.kind` over a model's parameters in two groups (decay, no decay), with `held`."""
+    o = config.optim
+    if o.kind == "adamw":
+        return make_adamw(model, config, device)
+    groups = parameter_groups(model.named_parameters(), config)
+    if o.kind == "sgd":
+        return HeldSGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    return HeldAdafactor(groups, lr=o.lr, weight_decay=o.weight_decay)
 
 
 def make_adamw(model: nn.Module, config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -52,7 +81,8 @@ def make_adamw(model: nn.Module, config: RunConfig, device: torch.device) -> tor
     o = config.optim
     groups = parameter_groups(model.named_parameters(), config)
     options: dict[str, Any] = {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay}
-    if device.type == "cuda" and has_nvidia_apex():
+    if device.type == "cuda" and has_nvidia_apex() and not config.recipe.steers_optimizer:
+        # a recipe that reaches into the optimizer needs its tensors one by one; DeepSpeed flattens apex's
         from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
 
         cls: Any = type("HeldFusedAdam", (HoldMixin, FusedAdam), {})
@@ -79,8 +109,16 @@ def use_fused_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def materialize_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create zero moments where none are yet, exactly as the first step would, without taking it."""
+    """Create zero moments where none are yet, exactly as the first step would, without taking it.
+
+    SGD's first step makes its momentum of the gradient alone, which is what it makes of a momentum of 0. Adafactor,
+    whose engine does not look, makes its state itself.
+    """
     torch_style = isinstance(optimizer, torch.optim.AdamW)
+    if isinstance(optimizer, torch.optim.SGD):
+        _materialize_momentum(optimizer)
+    if isinstance(optimizer, torch.optim.SGD | torch.optim.Adafactor):
+        return
     for group in optimizer.param_groups:
         for p in group["params"]:
             if optimizer.state[p]:
@@ -90,6 +128,13 @@ def materialize_state(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=device)
             optimizer.state[p]["exp_avg"] = torch.zeros_like(p.data)
             optimizer.state[p]["exp_avg_sq"] = torch.zeros_like(p.data)
+
+
+def _materialize_momentum(optimizer: torch.optim.SGD) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if group["momentum"] != 0 and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p.data)
 
 
 def own_settings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -103,12 +148,45 @@ def restore_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any]
         group.update(own)
 
 
-def make_schedule(optimizer: Any, config: RunConfig) -> Any:
-    """Megatron-core's OptimizerParamScheduler over anything with `param_groups`, counting steps."""
+class Schedule:
+    """The run's learning rate: Megatron-core's schedule, and from a phase's start on the shape that the phase gives.
+
+    scheduler   Megatron-core's OptimizerParamScheduler, counting steps
+    phases      those of the run's recipe; None: it has none. A rate depends on its step and their recorded starts alone
+    """
+
+    def __init__(self, scheduler: Any, config: RunConfig, phases: Phases | None) -> None:
+        self.optimizer = scheduler.optimizer
+        self._scheduler, self._config, self._phases = scheduler, config, phases
+        if phases is not None:
+            phases.steers_rate = True
+
+    def place(self, step: int) -> None:
+        """Set rate and weight decay of every group to those of step `step` (from 1)."""
+        self._scheduler.num_steps = step
+        self._scheduler.step(0)
+        total = self._config.train.steps
+        if self._phases is None or self._phases.ruling(step, total) is None:
+            return
+        for group in self.optimizer.param_groups:
+            rate = self._phases.rate(step, total, lambda s, group=group: self._base(s, group))
+            group["lr"] = self._unit(group) * rate
+
+    def _base(self, step: int, group: dict[str, Any]) -> float:
+        """The run's own rate of a group, in units of the group's highest."""
+        self._scheduler.num_steps = step
+        return float(self._scheduler.get_lr(group)) / self._unit(group)
+
+    def _unit(self, group: dict[str, Any]) -> float:
+        return group.get("max_lr", self._config.optim.lr)
+
+
+def make_schedule(optimizer: Any, config: RunConfig, phases: Phases | None = None) -> Schedule:
+    """The schedule of anything with `param_groups`; `phases` are those of the AppliedRecipe that it trains."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     o, steps = config.optim, config.train.steps
-    return OptimizerParamScheduler(
+    scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=o.lr,
@@ -123,18 +201,18 @@ def make_schedule(optimizer: Any, config: RunConfig) -> Any:
         wsd_decay_steps=math.ceil(o.decay_fraction * steps),
         lr_wsd_decay_style=_WSD_DECAY,
     )
+    return Schedule(scheduler, config, phases)
 
 
-def place_schedule(schedule: Any, step: int) -> float:
+def place_schedule(schedule: Schedule, step: int) -> float:
     """Set the optimizer's learning rate to that of step `step` (from 1) and return it."""
-    schedule.num_steps = step
-    schedule.step(0)
+    schedule.place(step)
     groups = schedule.optimizer.param_groups
     return float(groups[0]["lr"]) if groups else 0.0
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
-    """For the log: which AdamW this is."""
+    """For the log: which optimizer this is."""
     cls = type(optimizer)
     base = next(c for c in cls.__mro__ if not c.__module__.startswith("fp4dist"))
     fused = " (fused)" if any(g.get("fused") for g in optimizer.param_groups) else ""

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from fp4dist.errors import CheckpointError, ConfigError, Fp4DistError, RecipeMismatch
 from fp4dist.nn.apply import AppliedRecipe
+from fp4dist.spec.build import build
+from fp4dist.spec.recipe import Recipe
 from tests.distributed import megatron_groups, run_ranks
 from tests.megatron.tiny import SEQUENCE, VOCAB, tiny_batch
 
@@ -637,3 +639,27 @@ def masks_in_attention() -> None:
 
 def test_masks_in_attention() -> None:
     run_ranks(masks_in_attention, 1)
+
+
+def test_recipes_that_a_foreign_loop_would_lose_a_part_of_are_refused() -> None:
+    """Whatever is kept between steps, and a learning rate by phases; both entries, before anything is changed."""
+    from fp4dist.megatron import apply, install
+
+    held = {"format": "nvfp4", "amax": "hold"}
+    plain: dict[str, Any] = {
+        "name": "it",
+        "linears": {"it": {"fprop": {"x": {"format": "nvfp4"}, "w": {"format": "nvfp4"}}}},
+        "rules": [{"roles": ["fc1"], "linear": "it"}],
+    }
+    kept = plain | {"linears": {"it": {"fprop": {"x": held, "w": held}}}}
+    clipped = plain | {"gradients": ["spike_clip"]}
+    rates = plain | {"phases": [{"name": "end", "last": 0.5, "lr": {"decay": "linear"}}]}
+    for data, words in (
+        (kept, r"keeps state from step to step \(linears\.it\.fprop\.x\.amax: hold, .*w\.amax: hold\)"),
+        (clipped, r"keeps state from step to step \(gradients: spike_clip\)"),
+        (rates, r"sets the learning rate \(phases\.end\.lr\)"),
+    ):
+        recipe = build(Recipe, data)
+        for enter in (install, lambda recipe: apply(nn.Linear(16, 16), recipe)):
+            with pytest.raises(RecipeMismatch, match=rf"recipe it {words}.*launch/pretrain\.py"):
+                enter(recipe)

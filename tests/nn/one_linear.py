@@ -67,9 +67,9 @@ class Result:
         return [self.y, self.dx, self.dw]
 
 
-def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(dtype: torch.dtype = torch.float32, inputs: int = INPUTS) -> tuple[Tensor, Tensor, Tensor]:
     """(x [T, I], w [O, I], dy [T, O])."""
-    shapes = ((TOKENS, INPUTS), (OUTPUTS, INPUTS), (TOKENS, OUTPUTS))
+    shapes = ((TOKENS, inputs), (OUTPUTS, inputs), (TOKENS, OUTPUTS))
     x, w, dy = (normal(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes))
     return x, w, dy
 
@@ -81,10 +81,14 @@ def run_linear(
     dtype: torch.dtype = torch.float32,
     shape: tuple[int, ...] = (TOKENS,),
     comm: LinearComm | None = None,
+    data: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Result:
-    """Forward and backward of one linear on fixed tensors; `shape` is x's without its last dimension."""
-    x, w, dy = tensors(dtype)
-    x = x.reshape(*shape, INPUTS).requires_grad_()
+    """Forward and backward of one linear on fixed tensors; `shape` is x's without its last dimension.
+
+    data   (x [T, I], w [O, I], dy [T, O]) in place of those of `tensors`
+    """
+    x, w, dy = (t.clone() for t in data) if data is not None else tensors(dtype)
+    x = x.reshape(*shape, x.shape[-1]).requires_grad_()
     w = w.requires_grad_()
     watched = watch(make_plan(recipe, clock))
     y = fp4_linear(x, w, watched.plan, comm or NoComm())

@@ -211,7 +211,8 @@ def test_a_phase_starts_at_its_step_and_keeps_the_counters() -> None:
     applied = apply_recipe(model, one_rule(roles=BLOCK, phases=[tail(last=0.25)]))
     assert [applied.set_step(step, 8) for step in range(6)] == [[]] * 6
     train_step(model)
-    assert applied.set_step(6, 8) == ["step 6: phase tail starts, 33.3% of block-linear FLOPs in FP4"]
+    told = "step 6: phase tail starts (the last 0.25 of the run), 33.3% of block-linear FLOPs in FP4"
+    assert applied.set_step(6, 8) == [told]
     assert (applied.clock.step, applied.clock.micro_batch) == (6, 0)
     assert applied.to_json()["fp4_share_of_block_linear_flops"] == pytest.approx(1 / 3)
     assert applied.set_step(7, 8) == []
@@ -238,7 +239,8 @@ def test_a_disabled_phase_never_starts() -> None:
     recipe = replace(recipe, phases=(replace(recipe.phases[0], enabled=True),))
     applied = apply_recipe(TinyLlama(2), recipe)
     assert applied.set_step(81, 100) == []
-    assert applied.set_step(82, 100) == ["step 82: phase fprop_tail starts, 33.3% of block-linear FLOPs in FP4"]
+    (message,) = applied.set_step(82, 100)
+    assert message == "step 82: phase fprop_tail starts (the last 0.18 of the run), 33.3% of block-linear FLOPs in FP4"
 
 
 def test_later_phases_win() -> None:
@@ -287,7 +289,7 @@ def test_what_a_phase_needs_is_checked_before_the_first_step() -> None:
 
 def test_phases_of_a_dry_run() -> None:
     applied = plan_table(make_sites(2), one_rule(roles=BLOCK, phases=[tail(step=1)]))
-    assert applied.set_step(1, 2) == ["step 1: phase tail starts, 33.3% of block-linear FLOPs in FP4"]
+    assert applied.set_step(1, 2) == ["step 1: phase tail starts (step 1), 33.3% of block-linear FLOPs in FP4"]
 
 
 def test_dropped_caches() -> None:

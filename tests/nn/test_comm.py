@@ -21,12 +21,13 @@ from fp4dist.nn.comm import SLOT_DIMS, Dim, LinearComm, NoComm, place, token_run
 from fp4dist.nn.function import fp4_linear
 from fp4dist.numerics import BlockScaledTensor, Key, quantize
 from fp4dist.numerics.codes import unpack
+from fp4dist.numerics.tensor import PartedTensor, Quantized
 from fp4dist.spec.load import load_recipe, shipped
 from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe
 from tests.generators import normal
 from tests.nn.one_linear import make_plan, watch
 
-T, I, O = 128, 256, 512  # noqa: E741 (the dimensions' names)
+T, I, O = 128, 512, 512  # noqa: E741 (the dimensions' names)
 SIZES: dict[Dim, int] = {"T": T, "I": I, "O": O}
 RECIPES = [name for name in shipped("recipes") if load_recipe(name).linears]
 
@@ -88,13 +89,14 @@ class OneRankOfTwo:
         return lambda part: self.meeting.largest(self.rank, part) if self.meeting else part
 
 
-def operands(name: str, x: Tensor, w: Tensor, dy: Tensor, comm: LinearComm) -> dict[str, BlockScaledTensor]:
+def operands(name: str, x: Tensor, w: Tensor, dy: Tensor, comm: LinearComm) -> dict[str, Quantized]:
+    """The quantized operands of GEMMs with at least one."""
     recipe = load_recipe(name)
     linear = recipe.linears[next(iter(recipe.linears))]
     watched = watch(make_plan(linear, Clock(seed=1, step=2, micro_batch=3)))
     fp4_linear(x.clone().requires_grad_(), w.clone().requires_grad_(), watched.plan, comm).backward(dy)
-    found = {slot: operand for slot, operand in watched.operands.items() if isinstance(operand, BlockScaledTensor)}
-    assert len(found) == len(SLOTS)
+    found = {slot: operand for slot, operand in watched.operands.items() if not isinstance(operand, Tensor)}
+    assert set(found) == {slot for slot in SLOTS if linear.slot(slot) is not None}
     return found
 
 
@@ -111,24 +113,33 @@ def test_shards_are_pieces_of_the_whole(name: str, split: Dim, pieces: int) -> N
     meeting = Meeting()
     comms = [OneRankOfTwo(split, rank, meeting, pieces=pieces) for rank in range(2)]
 
-    def shard(rank: int) -> dict[str, BlockScaledTensor]:
+    def shard(rank: int) -> dict[str, Quantized]:
         if split == "O":
             return operands(name, x, part(w, 0, rank, pieces), part(dy, 1, rank, pieces), comms[rank])
         return operands(name, x.chunk(2, 1)[rank], w.chunk(2, 1)[rank], dy, comms[rank])
 
     for comm, mine in zip(comms, meeting.run(shard), strict=True):
-        for slot in SLOTS:
+        assert set(mine) == set(whole)
+        for slot in whole:
             assert_piece(mine[slot], whole[slot], SLOT_DIMS[slot], comm)
         assert set(comm.asked) <= {slot for slot in SLOTS if split in SLOT_DIMS[slot]}
 
 
-def assert_piece(mine: BlockScaledTensor, whole: BlockScaledTensor, dims: tuple[Dim, Dim], comm: OneRankOfTwo) -> None:
+def assert_piece(mine: Quantized, whole: Quantized, dims: tuple[Dim, Dim], comm: OneRankOfTwo) -> None:
     def piece(t: Tensor) -> Tensor:
         for axis, dim in enumerate(dims if t.dim() else ()):
             shared = t.shape[axis] == 1  # one scale for the whole dimension
             t = part(t, axis, comm.rank, comm.pieces) if dim == comm.split and not shared else t
         return t
 
+    assert type(mine) is type(whole)
+    if isinstance(mine, PartedTensor) and isinstance(whole, PartedTensor):
+        if mine.side is not None and whole.side is not None:
+            assert torch.equal(mine.side, piece(whole.side))
+        assert (mine.side is None) == (whole.side is None)
+        mine, whole = mine.main, whole.main
+    assert isinstance(mine, BlockScaledTensor)
+    assert isinstance(whole, BlockScaledTensor)
     assert mine.samples == whole.samples
     for i in range(whole.samples):
         ours, theirs = (q.sample(i).codes for q in (mine, whole))

@@ -20,9 +20,12 @@ from fp4dist.nn.clock import Clock
 from fp4dist.nn.comm import NoComm
 from fp4dist.nn.function import fp4_linear
 from fp4dist.numerics import BlockScaledTensor, Key, dequantize, quantize
+from fp4dist.numerics.rotation import unrotate
+from fp4dist.spec.estimators import Straight
 from fp4dist.spec.formats import NVFP4
 from fp4dist.spec.load import load_recipe, shipped
 from fp4dist.spec.recipe import GEMMS, SLOTS, Dgrad, Fprop, LinearRecipe, QuantSpec, Wgrad
+from fp4dist.spec.statistics import Current
 from tests.compare import assert_same_bits
 from tests.generators import normal, spec
 from tests.nn.one_linear import (
@@ -39,9 +42,10 @@ from tests.nn.one_linear import (
 )
 
 SHIPPED: dict[str, LinearRecipe] = {
-    f"{name}:{linear}": load_recipe(name).linears[linear]
+    f"{name}:{linear}": recipe
     for name in shipped("recipes")
-    for linear in load_recipe(name).linears
+    for linear, recipe in load_recipe(name).linears.items()
+    if not any(INPUTS % s.columns_multiple for slot in ("fprop.x", "fprop.w") if (s := recipe.slot(slot)) is not None)
 }
 NV, SQUARE, SR = spec("nvfp4"), spec("nvfp4_16x16"), spec("nvfp4_sr")
 PARTIAL: dict[str, LinearRecipe] = {
@@ -73,16 +77,29 @@ def composition(recipe: LinearRecipe, dtype: torch.dtype = torch.float32) -> dic
     master = {"fprop.x": x, "fprop.w": w, "dgrad.dy": dy, "dgrad.w": w.t(), "wgrad.dy": dy.t(), "wgrad.x": x.t()}
     forward = {"dgrad.w": "fprop.w", "wgrad.x": "fprop.x"}
     made: dict[str, BlockScaledTensor | Tensor] = {}
+
+    def values(slot: str) -> Tensor:
+        """Of the forward codes, in the original basis."""
+        codes, spec = made[forward[slot]], recipe.slot(forward[slot])
+        assert isinstance(codes, BlockScaledTensor)
+        assert spec is not None
+        found = dequantize(codes)
+        if spec.rotation is not None:
+            key = Key(seed=CLOCK.seed, layer=NUMBER, step=CLOCK.step, micro_batch=CLOCK.micro_batch)
+            found = unrotate(found, spec.rotation, key)
+        return found.t()
+
     for number, slot in enumerate(SLOTS):
         wanted = recipe.slot(slot)
+        if recipe.dequantized(slot):
+            made[slot] = values(slot).to(dtype)
+            continue
         if wanted is None:
             made[slot] = master[slot]
             continue
         source = master[slot]
         if wanted.source == "requant":
-            codes = made[forward[slot]]
-            assert isinstance(codes, BlockScaledTensor)
-            source = dequantize(codes).t()
+            source = values(slot)
         key = Key(seed=CLOCK.seed, layer=NUMBER, step=CLOCK.step, micro_batch=CLOCK.micro_batch, slot=number)
         if wanted.source == "reuse" and 0 in wanted.shape:  # a statistic of the tensor is summed in the forward's order
             codes = made[forward[slot]]
@@ -103,15 +120,36 @@ def check_against_composition(recipe: LinearRecipe, result: Result, operands: di
     x, w, dy = tensors()
     for gemm, got, exact in zip(GEMMS, result.tensors(), (x @ w.t(), dy @ w, dy.t() @ x), strict=True):
         a, b = (operands[s] for s in SLOTS if s.startswith(gemm))
+        if passes_otherwise(recipe, gemm):
+            continue
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and any(map(recipe.dequantized, SLOTS)):
+            assert_close_to_product(got, a, b)
+            continue
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             assert torch.equal(got, exact), gemm  # the very call of an unquantized layer
             continue
-        expected, bound = product(a, b)
-        assert ((got.double() - expected).abs() <= bound).all(), gemm
+        assert_close_to_product(got, a, b)
         assert not torch.equal(got, exact), gemm
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, *PARTIAL])
+def assert_close_to_product(got: Tensor, a: BlockScaledTensor | Tensor, b: BlockScaledTensor | Tensor) -> None:
+    expected, bound = product(a, b)
+    assert ((got.double() - expected).abs() <= bound).all()
+
+
+def passes_otherwise(recipe: LinearRecipe, gemm: str) -> bool:
+    """Whether an estimator acts behind this GEMM; see test_estimators."""
+    spec = recipe.slot({"dgrad": "fprop.x", "wgrad": "fprop.w"}.get(gemm, "fprop.x"))
+    return gemm != "fprop" and spec is not None and not isinstance(spec.estimator, Straight)
+
+
+def is_codes_alone(recipe: LinearRecipe) -> bool:
+    """Whether every operand is codes of its own amax; else see test_parts and test_controllers."""
+    specs = [spec for slot in SLOTS if (spec := recipe.slot(slot)) is not None]
+    return not any(spec.has_parts or not isinstance(spec.amax, Current) for spec in specs)
+
+
+@pytest.mark.parametrize("name", [*(name for name, recipe in SHIPPED.items() if is_codes_alone(recipe)), *PARTIAL])
 def test_operands_and_results_are_the_composition(name: str) -> None:
     recipe = SHIPPED.get(name) or PARTIAL[name]
     result, operands = run_linear(recipe), composition(recipe)
@@ -145,7 +183,7 @@ def test_leading_dimensions_are_tokens(name: str) -> None:
         assert all(same(flat, deep))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [name for name, recipe in SHIPPED.items() if is_codes_alone(recipe)])
 def test_bf16_tensors_give_bf16_results_of_the_same_codes(name: str) -> None:
     recipe = SHIPPED[name]
     result, operands = run_linear(recipe, dtype=torch.bfloat16), composition(recipe, torch.bfloat16)
@@ -158,6 +196,8 @@ def test_bf16_tensors_give_bf16_results_of_the_same_codes(name: str) -> None:
             assert torch.equal(got, wanted)  # type: ignore[arg-type]
     for gemm, got in zip(GEMMS, result.tensors(), strict=True):
         expected, bound = product(*(operands[s] for s in SLOTS if s.startswith(gemm)))
+        if passes_otherwise(recipe, gemm):
+            continue
         assert ((got.double() - expected).abs() <= bound + expected.abs() * 2.0**-8).all()
 
 

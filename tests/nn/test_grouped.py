@@ -30,7 +30,7 @@ LINEARS = {
     f"{name}-{linear}": recipe
     for name in shipped("recipes")
     for linear, recipe in load_recipe(name).linears.items()
-    if all(spec is None or 64 % spec.columns_multiple == 0 for spec in (recipe.dgrad.w, recipe.fprop.w))
+    if all(spec is None or 64 % spec.columns_multiple == 0 for spec in map(recipe.slot, ("dgrad.w", "fprop.w")))
 } | {"quartet2-fp4": load_recipe("quartet2").linears["fp4"]}
 
 

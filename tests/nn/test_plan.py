@@ -17,6 +17,7 @@ from fp4dist.spec.run import BackendConfig
 from tests.compare import assert_same_bits
 from tests.generators import normal, spec
 from tests.nn.one_linear import NUMBER, make_plan
+from tests.numerics.quantizers import extra
 
 NV, SQUARE = spec("nvfp4"), spec("nvfp4_16x16")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -58,8 +59,8 @@ def test_a_bf16_layer_needs_no_kernel_even_on_a_gpu() -> None:
 
 
 def test_a_missing_kernel_is_found_when_the_plan_is_made() -> None:
-    recipe = LinearRecipe(wgrad=Wgrad(x=NV))
-    with pytest.raises(KernelUnavailable, match=r"no backend can run quantize\(nvfp4 1x16\) on cuda"):
+    recipe = LinearRecipe(wgrad=Wgrad(x=extra("int4_1x128")))  # no kernel but the reference's has this grid
+    with pytest.raises(KernelUnavailable, match=r"no backend can run quantize\(int4 1x128\) on cuda"):
         LinearPlan.resolve("a", 1, recipe, make_plan(recipe).clock, GPU, BackendConfig())
 
 

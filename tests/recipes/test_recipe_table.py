@@ -38,7 +38,7 @@ def test_json_is_that_of_a_run() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("quartet3",), "did you mean 'quartet2'"),
+        (("quartet3",), "did you mean 'quartet'"),
         (("quartet2", "--tp", "5"), "tp 5"),
     ],
 )

@@ -88,18 +88,21 @@ def test_tagged_blocks() -> None:
     assert full == QuantSpec(format=NVFP4, scale=AbsMax(headroom=17 / 16), rounding=Stochastic())
 
 
+KINDS = "nearest, stochastic, eden, ema"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("stochstic", "rounding.kind: 'stochstic' is not one of nearest, stochastic, eden, ema; did you mean 'stochastic'?"),
-        ({"kind": "edn"}, "rounding.kind: 'edn' is not one of nearest, stochastic, eden, ema; did you mean 'eden'?"),
-        ({"kind": ["eden"]}, "rounding.kind: ['eden'] is not one of nearest, stochastic, eden, ema; did you mean 'eden'?"),
+        ("stochstic", f"rounding.kind: 'stochstic' is not one of {KINDS}; did you mean 'stochastic'?"),
+        ({"kind": "edn"}, f"rounding.kind: 'edn' is not one of {KINDS}; did you mean 'eden'?"),
+        ({"kind": ["eden"]}, f"rounding.kind: ['eden'] is not one of {KINDS}; did you mean 'eden'?"),
         (
             {"align": "pre"},
-            "rounding: expected one of nearest, stochastic, eden, ema, or a mapping with that `kind`; got {'align': 'pre'}",
+            f"rounding: expected one of {KINDS}, or a mapping with that `kind`; got {{'align': 'pre'}}",
         ),
-        (3, "rounding: expected one of nearest, stochastic, eden, ema, or a mapping with that `kind`; got 3"),
-        (None, "rounding: expected one of nearest, stochastic, eden, ema, or a mapping with that `kind`; got None"),
+        (3, f"rounding: expected one of {KINDS}, or a mapping with that `kind`; got 3"),
+        (None, f"rounding: expected one of {KINDS}, or a mapping with that `kind`; got None"),
         (
             {"kind": "eden", "allign": "pre"},
             "rounding.allign: unknown key of Eden; did you mean 'align'?",

@@ -93,9 +93,9 @@ def test_names_paths_and_suggestions() -> None:
     assert load_recipe(path) == load_recipe(str(path)) == load_recipe("quartet2")
     assert load_recipe("configs/recipes/quartet2.yaml") == load_recipe("quartet2")
     with pytest.raises(
-        ConfigError, match=r"recipes: no file for 'quartet' \(looked at .*\); did you mean 'quartet2'\?"
+        ConfigError, match=r"recipes: no file for 'quartet3' \(looked at .*\); did you mean 'quartet'\?"
     ):
-        load_recipe("quartet")
+        load_recipe("quartet3")
     with pytest.raises(ConfigError, match=r"models: no file for 'zzz' .*; shipped models: .*llama_124m"):
         load_model("zzz")
     with pytest.raises(ConfigError, match=r"no file for 'nowhere/x.yaml'"):
@@ -334,7 +334,7 @@ def test_an_override_reaches_one_place_of_a_yaml_anchor(folder: Path) -> None:
         ("train.steps=ten", "trial.yaml: train.steps: expected int, got 'ten' (str)"),
         ("train.steps=1e3", "trial.yaml: train.steps: expected int, got '1e3' (str)"),
         ("train=5", "trial.yaml: train: expected a mapping for TrainConfig, got 5"),
-        ("recipe=quartet", "recipes: no file for 'quartet'"),
+        ("recipe=quartet3", "recipes: no file for 'quartet3'"),
         ("optim.warmup_steps=100", "trial.yaml: optim.warmup_steps = 100 must be smaller than train.steps = 100"),
         ("parallel={tp: 2, tp: 4}", "key 'tp' is given twice"),
     ],

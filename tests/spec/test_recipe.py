@@ -352,8 +352,10 @@ def test_reuse_may_spell_out_the_default_rule() -> None:
     LinearRecipe(fprop=Fprop(w=SQUARE), dgrad=Dgrad(w=spec(block=(16, 16), scale=AbsMax(), source="reuse")))
 
 
-def test_requant_needs_codes_in_the_original_basis() -> None:
-    rotated = spec(rotation=Hadamard())
+def test_requant_goes_back_to_the_original_basis_by_signs_that_are_kept() -> None:
+    fixed = spec(rotation=Hadamard())
+    assert LinearRecipe(fprop=Fprop(x=fixed, w=fixed), wgrad=Wgrad(x=spec(source="requant")))
+    rotated = spec(rotation=Hadamard(signs="fresh"))
     with pytest.raises(ValueError, match=r"wgrad.x.source = requant .* the forward operand has rotation = Hadamard"):
         LinearRecipe(fprop=Fprop(x=rotated, w=rotated), wgrad=Wgrad(x=spec(source="requant")))
 
@@ -445,16 +447,3 @@ def test_what_a_recipe_wants() -> None:
     assert recipe.wants_fp4
     assert recipe.linear("fp4") is FP4
     assert recipe.linear("bf16").is_high_precision
-
-
-def test_variants_are_what_enabled_phases_make_of_a_linear() -> None:
-    tail = LinearRecipe(dgrad=Dgrad(dy=NV, w=NV))
-    phases = (
-        Phase(name="a", use={"fp4": "tail"}, step=1),
-        Phase(name="b", use={"fp4": "bf16"}, step=2, enabled=False),
-        Phase(name="c", use={"bf16": "fp4"}, step=3),
-    )
-    recipe = Recipe(name="r", linears={"fp4": FP4, "tail": tail}, rules=(Rule(linear="fp4"),), phases=phases)
-    assert recipe.variants("fp4") == [FP4, tail]
-    assert recipe.variants("bf16") == [LinearRecipe(), FP4]
-    assert recipe.variants("tail") == [tail]

@@ -42,6 +42,13 @@ def run_with(**sections: dict[str, Any]) -> RunConfig:
     return build(RunConfig, {**RUN, **{k: {**RUN.get(k, {}), **v} for k, v in sections.items()}})
 
 
+def watching(rounding: str, *controls: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that watches its weights."""
+    w = {"format": "nvfp4", "rounding": rounding}
+    rules = [{"path": "*", "linear": "l"}]
+    return {"name": "w", "linears": {"l": {"fprop": {"w": w}}}, "rules": rules, "weights": list(controls)}
+
+
 def test_defaults() -> None:
     config = run_with()
     assert config.run_dir == "runs/r"
@@ -122,6 +129,22 @@ def test_each_section_checks_itself(section: tuple[type, dict[str, Any]], messag
         (
             {"engine": {"kind": "deepspeed", "zero_stage": 2}, "parallel": {"pp": 2}},
             "^engine.zero_stage = 2 with parallel.pp = 2: .* use zero_stage 0 or 1, or pp 1",
+        ),
+        (
+            {"engine": {"fp4_param_gather": True}, "recipe": watching("nearest", {"kind": "osci_reset"})},
+            "^engine.fp4_param_gather: recipe w has osci_reset, which looks at whole weights, .* set fp4_param_gather",
+        ),
+        (
+            {"engine": {"fp4_param_gather": True}, "recipe": watching("ema")},
+            "^engine.fp4_param_gather: recipe w has ema, which looks at whole weights",
+        ),
+        (
+            {"engine": {"kind": "deepspeed", "zero_stage": 1}, "recipe": watching("nearest", {"kind": "cage"})},
+            "^engine.zero_stage = 1: recipe w has cage, which work on single tensors, .* or zero_stage 0",
+        ),
+        (
+            {"recipe": watching("nearest", {"kind": "q_ramping"})},
+            "^optim.clip_grad = 1.0: recipe w has q_ramping, which collects gradients .* set optim.clip_grad: 0",
         ),
     ],
 )
