@@ -1,10 +1,12 @@
-"""Time one linear layer, forward and backward, under FP4 recipes against plain fp32 on this CPU.
+"""Time one linear layer, forward and backward, under FP4 recipes against the plain layer on the same device.
 
-The FP4 numbers are those of the reference backend: they say what quantization in plain torch costs, not what a kernel
-would. Runs of fp32 and FP4 alternate; the ratio is that of the medians. FP4 is hundreds of short parallel regions and
-fp32 three long ones, so other load on the machine hurts FP4 more: where `best` and the ratio differ, it was not idle.
+On a CPU that is fp32 against the reference backend: what quantization in plain torch costs, not what a kernel would.
+On a GPU (--device cuda) it is bf16 against the Triton backend, or --backend reference, every amax inside the timed
+region. Runs alternate; the ratio is that of the medians. On a CPU FP4 is hundreds of short parallel regions and fp32
+three long ones, so other load on the machine hurts FP4 more: where `best` and the ratio differ, it was not idle.
 
     python tools/bench_linear.py --recipe nvidia_nvfp4 --recipe quartet2 --size 1024x1024x1024 --threads 2
+    python tools/bench_linear.py --device cuda --recipe quartet2 --size 16384x4096x4096 --size 16384x2048x8192
 """
 
 from __future__ import annotations
@@ -40,36 +42,56 @@ def parse_size(text: str) -> Size:
     return tokens, inputs, outputs
 
 
-def make_step(size: Size, linear: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], float]:
+def make_step(
+    size: Size, linear: Callable[[Tensor, Tensor], Tensor], device: torch.device, dtype: torch.dtype
+) -> Callable[[], float]:
     """A function that runs forward and backward of Y = X W^T once and returns its seconds."""
     tokens, inputs, outputs = size
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, inputs, generator=generator, requires_grad=True)
-    w = torch.randn(outputs, inputs, generator=generator, requires_grad=True)
-    dy = torch.randn(tokens, outputs, generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    x, w, dy = (
+        torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+    )
+    x.requires_grad_()
+    w.requires_grad_()
 
-    def step() -> float:
+    def run() -> None:
         x.grad = w.grad = None
-        begin = time.perf_counter()
         linear(x, w).backward(dy)
+
+    def on_cpu() -> float:
+        begin = time.perf_counter()
+        run()
         return time.perf_counter() - begin
 
-    return step
+    def on_gpu() -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) * 1e-3
+
+    return on_cpu if device.type == "cpu" else on_gpu
 
 
-def fp4_step(recipe: str, size: Size) -> Callable[[], float]:
-    """The first LinearRecipe of `recipe`, all six slots quantized at every call."""
+def fp4_linear_of(recipe: str, device: torch.device, backend: BackendConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The first LinearRecipe of `recipe`, all its slots quantized at every call."""
     linears = load_recipe(recipe).linears
     if not linears:
         raise SystemExit(f"recipe {recipe} quantizes nothing")
-    linear = next(iter(linears.values()))
-    plan = LinearPlan.resolve("linear", 1, linear, Clock(), torch.device("cpu"), BackendConfig(kind="reference"))
-    return make_step(size, lambda x, w: fp4_linear(x, w, plan, NoComm()))
+    plan = LinearPlan.resolve("linear", 1, next(iter(linears.values())), Clock(), device, backend)
+    return lambda x, w: fp4_linear(x, w, plan, NoComm())
 
 
-def compare(recipe: str, size: Size, repeats: int) -> dict[str, Any]:
+def compare(recipe: str, size: Size, repeats: int, device: torch.device, backend: BackendConfig) -> dict[str, Any]:
     """Medians over `repeats` alternating runs, after two that warm up."""
-    steps = {"fp32": make_step(size, lambda x, w: x @ w.t()), "fp4": fp4_step(recipe, size)}
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    plain = "fp32" if device.type == "cpu" else "bf16"
+    steps = {
+        plain: make_step(size, lambda x, w: x @ w.t(), device, dtype),
+        "fp4": make_step(size, fp4_linear_of(recipe, device, backend), device, dtype),
+    }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(repeats + 2):
         for name, step in steps.items():
@@ -80,10 +102,11 @@ def compare(recipe: str, size: Size, repeats: int) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "size": dict(zip(("tokens", "inputs", "outputs"), size, strict=True)),
-        "fp32_seconds": medians["fp32"],
+        "plain": plain,
+        "plain_seconds": medians[plain],
         "fp4_seconds": medians["fp4"],
-        "ratio": medians["fp4"] / medians["fp32"],
-        "best_ratio": min(times["fp4"]) / min(times["fp32"]),
+        "ratio": medians["fp4"] / medians[plain],
+        "best_ratio": min(times["fp4"]) / min(times[plain]),
         "all_seconds": times,
     }
 
@@ -96,9 +119,9 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, device: torch.device) -> dict[str, Any]:
     return {
-        "device": processor(),
+        "device": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": threads,
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -108,26 +131,30 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="FP4 linear (forward + backward) against fp32 on this CPU.")
+    parser = argparse.ArgumentParser(description="FP4 linear (forward + backward) against the plain one.")
     parser.add_argument("--recipe", action="append", help="recipe name or path; repeatable (default: nvidia_nvfp4)")
     parser.add_argument("--size", action="append", type=parse_size, help="TOKENSxINPUTSxOUTPUTS; repeatable")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--backend", choices=("auto", "reference", "triton"), default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each (default: 9)")
     parser.add_argument("--out", type=Path, default=Path("bench_linear.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    backend = BackendConfig(kind=options.backend, allow_reference=options.backend == "reference")
     results = [
-        compare(recipe, size, options.repeats)
+        compare(recipe, size, options.repeats, device, backend)
         for size in options.size or [(1024, 1024, 1024)]
         for recipe in options.recipe or ["nvidia_nvfp4"]
     ]
     for r in results:
         shape = "x".join(str(n) for n in r["size"].values())
         print(
-            f"{r['recipe']:<20} {shape:<16} fp32 {r['fp32_seconds'] * 1e3:8.1f} ms"
-            f"   fp4 {r['fp4_seconds'] * 1e3:8.1f} ms   ratio {r['ratio']:5.2f}   best {r['best_ratio']:5.2f}"
+            f"{r['recipe']:<20} {shape:<16} {r['plain']} {r['plain_seconds'] * 1e3:8.2f} ms"
+            f"   fp4 {r['fp4_seconds'] * 1e3:8.2f} ms   ratio {r['ratio']:5.2f}   best {r['best_ratio']:5.2f}"
         )
-    report = {"environment": environment(options.threads), "results": results}
+    report = {"environment": environment(options.threads, device), "results": results}
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"written to {options.out}")
 

@@ -162,9 +162,9 @@ class LinearPlan:
             return forward.transpose()
         shape = torch.Size((forward.shape[1], forward.shape[0]))
         rotation, key = self._forward_basis(slot)
-        if self.kernels[slot].op == "quantize":  # more than codes in their own basis (`from_codes`)
-            return self._run(slot, spec, original(forward, rotation, key).t(), shape, comm, token_shard)
-        return self._run(slot, spec, forward, shape, comm, token_shard)
+        if from_codes(slot, self.recipe, self.parted):
+            return self._run(slot, spec, forward, shape, comm, token_shard)
+        return self._run(slot, spec, original(forward, rotation, key).t(), shape, comm, token_shard)
 
     def matmul(self, gemm: str, a: Operand, b: Operand, counted: bool = True) -> Tensor:
         """A B^T in fp32, with at least one operand quantized."""
@@ -257,10 +257,10 @@ def gemm_kind(recipe: LinearRecipe, gemm: str) -> str:
     return (HIGH, MIXED, FP4 if recipe.gemm_is_fp4(gemm) else FP8)[quantized]
 
 
-def from_codes(slot: str, recipe: LinearRecipe) -> bool:
+def from_codes(slot: str, recipe: LinearRecipe, parted: frozenset[str]) -> bool:
     """Whether requantizing for `slot` can read the forward codes alone: nothing stands beside them, no rotation."""
     forward = recipe.slot(FORWARD_OF[slot])
-    return forward is not None and forward.rotation is None and not parted_slots(recipe) & {slot, FORWARD_OF[slot]}
+    return forward is not None and forward.rotation is None and not parted & {slot, FORWARD_OF[slot]}
 
 
 def resolve_kernels(recipe: LinearRecipe, device: torch.device, config: BackendConfig) -> dict[str, Kernel]:
@@ -272,7 +272,7 @@ def resolve_kernels(recipe: LinearRecipe, device: torch.device, config: BackendC
         if recipe.dequantized(slot):
             kernels[slot] = resolve(Request("dequantize", recipe.slot(FORWARD_OF[slot]), device), config)
         if spec is not None and spec.source != "reuse":
-            op = "requantize" if spec.source == "requant" and from_codes(slot, recipe) else "quantize"
+            op = "requantize" if spec.source == "requant" and from_codes(slot, recipe, parted) else "quantize"
             kernels[slot] = resolve(Request(op, bare(spec), device), config)
     for gemm in GEMMS:
         if gemm_kind(recipe, gemm) != HIGH:
