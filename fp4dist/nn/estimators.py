@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import LinearComm
 from fp4dist.nn.plan import LinearPlan, Operand
 from fp4dist.numerics.estimators import amax_direction, inside, pack_bits, rows, scaled, slope, unpack_bits
@@ -44,6 +45,16 @@ def keep_x(plan: LinearPlan, comm: LinearComm, x: Tensor, operand: Operand) -> l
     if isinstance(spec.estimator, Dge):
         return [factor.to(x.dtype)]
     return [pack_bits(factor), *([amax_direction(u, main).to(x.dtype)] if isinstance(spec.estimator, Lsq) else [])]
+
+
+def refuse_untrained(plan: LinearPlan) -> None:
+    """For an input that needs no gradient: a learned amax of it would silently stay where it began."""
+    spec = plan.spec("fprop.x")
+    if spec is not None and isinstance(spec.estimator, Lsq):
+        raise RecipeMismatch(
+            f"{plan.path} fprop.x: amax = learned is trained by the gradient of the input, and this input needs none;"
+            " give this layer to another LinearRecipe with a rule, or let its input require gradients"
+        )
 
 
 def pass_x(plan: LinearPlan, dx: Tensor, kept: list[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fp4dist.nn.comm import LinearComm
-from fp4dist.nn.estimators import keep_w, keep_x, pass_w, pass_x, passes_late
+from fp4dist.nn.estimators import keep_w, keep_x, pass_w, pass_x, passes_late, refuse_untrained
 from fp4dist.nn.gather import TokenGather, Wait
 from fp4dist.nn.plan import HIGH, LinearPlan, Operand
 from fp4dist.numerics.tensor import Quantized, pack, unpack
@@ -160,6 +160,8 @@ def _save(ctx: Any, x: Tensor, x_q: Operand, w_q: Operand) -> None:
     need to pass the quantizers; nothing for a gradient that nobody asked for.
     """
     plan, (needs_dx, needs_dw) = ctx.plan, ctx.needs_input_grad[:2]
+    if not needs_dx:
+        refuse_untrained(plan)
     kept = Kept(
         x_q=codes_for(plan, "wgrad.x", x_q) if needs_dw else None,
         w_q=codes_for(plan, "dgrad.w", w_q) if needs_dx else None,

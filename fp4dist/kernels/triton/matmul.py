@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from fp4dist import numerics
@@ -27,7 +26,7 @@ def carrier(q: BlockScaledTensor) -> Tensor:
     """[R, C] bf16 code * block scale, exact."""
     rows, cols = q.shape
     out = torch.empty((rows, cols), dtype=torch.bfloat16, device=q.codes.device)
-    carrier_kernel[triton.cdiv(rows, 16), triton.cdiv(cols, 128)](
+    carrier_kernel[-(-rows // 16), -(-cols // 128)](
         q.codes, q.scales, out, rows, cols, R=16, N=128, BR=q.block[0], BC=q.block[1],
         E8M0=q.format.scale.name == "e8m0", num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from fp4dist.kernels.triton.programs import amax_kernel, quantize_kernel, round_scales_kernel
@@ -132,7 +131,7 @@ def _eden(
     blocks = launch.spec.shape[1]
     place = _place(key, corrected.shape[0], corrected.shape[1], blocks)
     number = corrected.numel()
-    round_scales_kernel[(triton.cdiv(number, 1024),)](
+    round_scales_kernel[(-(-number // 1024),)](
         corrected, divisor, scales, number, corrected.shape[1], *place, B=1024, enable_fp_fusion=False
     )
     return torch.where(s_dec.isfinite(), divisor, float("nan"))
@@ -154,7 +153,7 @@ class _Launch:
         r, n = (64, max(32, size)) if turned else (16, 128)
         r = max(r, self.spec.shape[0])
         tile = {"R": r, "N": n, "ROT": size, "SIGNED": self.signs is not None, **self.src.constants()}
-        return (triton.cdiv(rows, r), triton.cdiv(cols, n)), {**tile, "num_warps": 4, "enable_fp_fusion": False}
+        return (-(-rows // r), -(-cols // n)), {**tile, "num_warps": 4, "enable_fp_fusion": False}
 
     def amax(self) -> Tensor:
         """[] fp32 max |x| after the rotation; Inf where something is NaN."""
@@ -162,7 +161,7 @@ class _Launch:
         programs, tile = self.grid()
         signs = self.signs if self.signs is not None else self.src.tensor
         steps = min(16, programs[1])
-        strips = (programs[0], triton.cdiv(programs[1], steps))
+        strips = (programs[0], -(-programs[1] // steps))
         amax_kernel[strips](*self.src.arguments(), signs, top, *self.src.shape, STEPS=steps, **tile)
         return _finite_or_inf(top)
 
