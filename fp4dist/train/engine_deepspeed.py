@@ -342,6 +342,12 @@ def _check_experts(config: RunConfig) -> None:
             f"parallel.ep = {config.parallel.ep} with engine.kind = deepspeed: ZeRO would need its own groups for the"
             " experts' gradients; use engine.kind: megatron, or ep 1 (every rank holds all experts)"
         )
+    if config.model.moe is not None and config.parallel.tp > 1:
+        raise ConfigError(
+            f"model.moe and parallel.tp = {config.parallel.tp} with engine.kind = deepspeed: tensor-parallel ranks hold"
+            " copies of the experts that see different tokens, and DeepSpeed takes them for experts of its own; use"
+            " engine.kind: megatron, or tp 1"
+        )
 
 
 @contextlib.contextmanager

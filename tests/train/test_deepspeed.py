@@ -385,10 +385,14 @@ def test_hierarchical_partitions_and_offload_change_no_number(folder: str) -> No
 
 
 def test_what_deepspeed_cannot_run_is_refused(folder: str) -> None:
-    cases = {"ep": (MOE, "parallel.ep=2", *zero(1))}
+    cases = {
+        "ep": (MOE, "parallel.ep=2", *zero(1)),
+        "tp": (MOE, "parallel.tp=2", "parallel.sequence_parallel=true", *zero(1)),
+    }
     cases["overlap"] = (*PP, *zero(1, "zero_optimization.overlap_comm=true"))
     for found in run_ranks(outcomes, 2, folder, cases):
         assert "parallel.ep = 2 with engine.kind = deepspeed" in found["ep"]
+        assert "model.moe and parallel.tp = 2 with engine.kind = deepspeed" in found["tp"]
         assert "overlap_comm = True with parallel.pp = 2" in found["overlap"]
     with pytest.raises(ConfigError, match=r"ZeRO 2 and 3 reduce gradients inside every backward"):
         tiny_run(Path(folder), "parallel.pp=2", *zero(2))
