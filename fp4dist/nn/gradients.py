@@ -38,40 +38,18 @@ def make_parts(shards: ShardMap) -> list[Part]:
     return parts
 
 
-class _Transform:
-    """What transforms of gradients have in common: they act before the step, and keep no slices."""
-
-    key = ""
-    slices: tuple[str, ...] = ()
+class _Transform(Part):
+    """What transforms of gradients have in common: settings of the optimizer that they change for one step."""
 
     def __init__(self, shards: ShardMap) -> None:
-        self.shards = shards
+        super().__init__(shards)
         self._borrowed: list[tuple[dict[str, Any], str, Any]] = []
-
-    def before_update(self, step: int) -> None:
-        """Nothing to do."""
-
-    def after_update(self, step: int) -> None:
-        """Nothing to do."""
 
     def settled(self, step: int) -> None:
         """Put back the groups' settings that the step was run with."""
         for group, key, value in reversed(self._borrowed):
             group[key] = value
         self._borrowed = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing was kept."""
-
-    def before_save(self) -> None:
-        """Nothing lies in the optimizer's state."""
-
-    def after_load(self) -> None:
-        """Nothing depends on slices."""
 
     def _borrow(self, group: dict[str, Any], key: str, value: Any) -> None:
         """Change a group's setting for one step."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fp4dist.nn.shards import Part, Shard, ShardMap
-from fp4dist.spec.training import OptimizerState, StateFormat
+from fp4dist.spec.training import StateFormat
 
 _SCALED = {"fp16": torch.float16, "e4m3": torch.float8_e4m3fn}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -17,27 +14,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def make_parts(shards: ShardMap) -> list[Part]:
     """The part that rounds the state, where the recipe or one of its phases asks for it."""
-    recipe = shards.applied.recipe
-    states = [recipe.optimizer_state, *(p.optimizer_state for p in recipe.phases if p.enabled)]
-    if all(state in (None, OptimizerState()) for state in states):
-        return []
-    return [OptimizerStatePart(shards)]
+    return [OptimizerStatePart(shards)] if shards.applied.recipe.rounds_optimizer_state else []
 
 
-class OptimizerStatePart:
+class OptimizerStatePart(Part):
     """`spec.training.OptimizerState` of the phase that runs. It keeps nothing itself."""
 
     key = "optimizer_state"
-    slices: tuple[str, ...] = ()
-
-    def __init__(self, shards: ShardMap) -> None:
-        self.shards = shards
-
-    def before_step(self, step: int) -> None:
-        """Nothing to do."""
-
-    def before_update(self, step: int) -> None:
-        """Nothing to do."""
 
     def after_update(self, step: int) -> None:
         """Round what this step has changed, before the model's weights are made from it."""
@@ -49,22 +32,6 @@ class OptimizerStatePart:
                 tensor.copy_(tensor.bfloat16())
         for name in _MOMENTS:
             self._round(name, getattr(asked, name))
-
-    def settled(self, step: int) -> None:
-        """Nothing to do."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing was kept."""
-
-    def before_save(self) -> None:
-        """Nothing lies in the optimizer's state."""
-
-    def after_load(self) -> None:
-        """Nothing depends on slices."""
 
     def _round(self, name: str, to: StateFormat) -> None:
         """Round one moment of all tensors; a scale is that of the logical tensor, from its largest value anywhere."""

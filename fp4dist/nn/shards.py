@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,10 @@ class LocalWeight:
     holders: dist.ProcessGroup | None = None
 
 
-class Part(Protocol):
-    """What acts around an optimizer's step. `step` counts the updates behind the weights, as the noise clock does.
+class Part:
+    """What acts around an optimizer's step, at the places that a subclass takes up.
+
+    `step` counts the updates behind the weights, as the noise clock does.
 
     All ranks call all methods in the same order, so that each may communicate.
     key      its name in a saved state
@@ -58,42 +60,38 @@ class Part(Protocol):
              ones as zeros
     """
 
-    key: str
-    slices: tuple[str, ...]
+    key: str = ""
+    slices: tuple[str, ...] = ()
+
+    def __init__(self, shards: ShardMap) -> None:
+        self.shards = shards
 
     def before_step(self, step: int) -> None:
         """Gradients are reduced and lie in the optimizer tensors' .grad, to be changed in place; their global norm has
         not clipped them yet.
         """
-        ...
 
     def before_update(self, step: int) -> None:
         """Gradients are clipped and the step is certain to be taken: the optimizer's tensors are still the old ones."""
-        ...
 
     def after_update(self, step: int) -> None:
         """The optimizer's tensors are updated, the model's weights are not yet made from them."""
-        ...
 
     def settled(self, step: int) -> None:
         """The model's weights are new, and whole, on every rank."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """What it keeps beside `slices`: plain numbers and CPU tensors, equal on all ranks and in all layouts."""
-        ...
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave."""
-        ...
 
     def before_save(self) -> None:
         """A checkpoint is about to be written: what `slices` names must be in optimizer.state."""
-        ...
 
     def after_load(self) -> None:
         """Slices or weights have been read from a checkpoint; may be called more than once for one checkpoint."""
-        ...
 
 
 class ShardMap:

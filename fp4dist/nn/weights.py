@@ -159,44 +159,16 @@ def edge_nearness(w: Tensor, operand: Quantized) -> Tensor:
     return (1.0 - (z - (low + high) / 2).abs() / ((high - low) / 2)).clamp_(min=0.0)
 
 
-class WeightPart:
-    """What the parts here share: the pieces that they act on, and nothing to do."""
-
-    key = ""
-    slices: tuple[str, ...] = ()
+class WeightPart(Part):
+    """What the parts here share: the pieces of weights that they act on, and their slices in checkpoints."""
 
     def __init__(self, shards: ShardMap) -> None:
-        self.shards = shards
+        super().__init__(shards)
         self.held = [
             Held(tensor, shard, shard.target)
             for tensor, shard in shards.shards.items()
             if shard.target is not None and tensor.numel() > 0
         ]
-
-    def before_step(self, step: int) -> None:
-        """Nothing."""
-
-    def before_update(self, step: int) -> None:
-        """Nothing."""
-
-    def after_update(self, step: int) -> None:
-        """Nothing."""
-
-    def settled(self, step: int) -> None:
-        """Nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing is kept."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing was kept."""
-
-    def before_save(self) -> None:
-        """No slices."""
-
-    def after_load(self) -> None:
-        """No slices."""
 
     def _quantized_now(self) -> list[Held]:
         """The pieces whose linears quantize their weight in the present phase."""

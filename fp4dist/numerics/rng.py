@@ -40,7 +40,7 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tupl
 
 def words(index: Tensor, key: Key) -> Tensor:
     """[..., 4] int64 words for counter indices `index` (int64) under `key`."""
-    a, b, c = (torch.full((), w, dtype=torch.int64, device=index.device) for w in _run_words(key))
+    a, b, c = (torch.full((), w, dtype=torch.int64, device=index.device) for w in run_words(key))
     drawn = philox((index & MASK, a, b, c), (key.seed & MASK, key.layer & MASK))
     return torch.stack(torch.broadcast_tensors(*drawn), dim=-1)
 
@@ -66,12 +66,12 @@ def scale_noise(blocks: torch.Size, key: Key, block_columns: int, device: torch.
 
 def random_signs(size: int, key: Key, device: torch.device) -> Tensor:
     """[size] fp32 of +-1, size <= 128: bit i of the 128-bit draw at index 0; a set bit is -1."""
-    drawn = philox((0, *_run_words(key)), (key.seed & MASK, key.layer & MASK))
+    drawn = philox((0, *run_words(key)), (key.seed & MASK, key.layer & MASK))
     return torch.tensor([1.0 - 2.0 * (drawn[i // 32] >> i % 32 & 1) for i in range(size)], device=device)
 
 
-def _run_words(key: Key) -> tuple[int, int, int]:
-    """The counter's words above the index."""
+def run_words(key: Key) -> tuple[int, int, int]:
+    """(micro-batch, step, slot and stream): the counter's 32-bit words above the index."""
     return key.micro_batch & MASK, key.step & MASK, (key.slot + SLOTS_PER_STREAM * key.stream) & MASK
 
 

@@ -371,8 +371,9 @@ class Recipe:
 
     @property
     def rounds_optimizer_state(self) -> bool:
-        """Whether masters or moments have dtypes of their own, now or in a phase."""
-        return bool(self.optimizer_state or any(p.optimizer_state for p in self.phases if p.enabled))
+        """Whether masters or moments have dtypes of their own, now or in a phase; an all-fp32 state rounds nothing."""
+        states = [self.optimizer_state, *(p.optimizer_state for p in self.phases if p.enabled)]
+        return any(state not in (None, OptimizerState()) for state in states)
 
     @property
     def keeps_state(self) -> bool:

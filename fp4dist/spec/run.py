@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fp4dist.spec.frozen import frozen
 from fp4dist.spec.phases import GradNoise
 from fp4dist.spec.recipe import Recipe
-from fp4dist.spec.training import OptimizerState, QRamping
+from fp4dist.spec.training import QRamping
 
 
 @frozen
@@ -347,7 +347,7 @@ def _check_optimizer(optim: OptimConfig, engine: EngineConfig, parallel: Paralle
     """What reaches into the optimizer needs its tensors at hand, tensor by tensor."""
     flat = engine.kind == "deepspeed" and engine.zero_stage > 0
     reaching = [b.kind for b in (*recipe.gradients, *recipe.weights)] + ["ema"] * recipe.averages_weights
-    if flat and (reaching or any(_rounds_state(recipe))):
+    if flat and (reaching or recipe.rounds_optimizer_state):
         raise ValueError(
             f"engine.zero_stage = {engine.zero_stage}: recipe {recipe.name} has"
             f" {', '.join(reaching) or 'optimizer_state'}, which work on single tensors, and ZeRO's partitions do not"
@@ -376,15 +376,10 @@ def _check_optimizer(optim: OptimConfig, engine: EngineConfig, parallel: Paralle
             f"optim.kind = {optim.kind} with engine.fp4_param_gather: Megatron's distributed optimizer, whose updated"
             " weights it gathers, takes AdamW alone; use adamw, or set fp4_param_gather: false"
         )
-    if optim.kind != "adamw" and (recipe.gradients or recipe.weights or any(_rounds_state(recipe))):
+    if optim.kind != "adamw" and (recipe.gradients or recipe.weights or recipe.rounds_optimizer_state):
         raise ValueError(
             f"optim.kind = {optim.kind}: recipe {recipe.name} works on AdamW's moments and update; use adamw"
         )
-
-
-def _rounds_state(recipe: Recipe) -> list[bool]:
-    states = [recipe.optimizer_state, *(p.optimizer_state for p in recipe.phases if p.enabled)]
-    return [state not in (None, OptimizerState()) for state in states]
 
 
 def _check_phases(recipe: Recipe, steps: int, engine: EngineConfig) -> None:

@@ -40,12 +40,6 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def finite_or_inf(i):
-    """Magnitude bits -> fp32, NaN made Inf."""
-    return floats(tl.minimum(i, 0x7F800000))
-
-
-@triton.jit
 def encode_e4m3(x):
     """Non-negative fp32 -> int32 E4M3 codes, nearest even, saturating at 448, NaN -> 0x7F."""
     b = bits(tl.where(x > 448.0, 448.0, x))

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from fp4dist.kernels.triton.programs import amax_kernel, quantize_kernel, round_scales_kernel
 from fp4dist.numerics.grouping import ReduceMax
+from fp4dist.numerics.rng import MASK, run_words
 from fp4dist.numerics.rotation import sign_vector
 from fp4dist.numerics.scales import QUEST_E2M1, fp32, target_max
 from fp4dist.numerics.tensor import BlockScaledTensor, Key
 from fp4dist.spec.blocks import AbsMax, Ceil, Eden, Floor, FourOverSix, Nearest, Quest, Stochastic
 from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
-
-SLOTS_PER_STREAM = 8
-MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +220,14 @@ def _place(key: Key | None, rows: int, cols: int, group: int) -> tuple[int, ...]
     width = key.columns // group if key.columns else counted
     r = (*key.row_runs, 0)[:2]
     c = (*(start // group for start in key.column_runs), 0)[:2]
-    words = (key.seed, key.layer, key.micro_batch, key.step, key.slot + SLOTS_PER_STREAM * key.stream)
-    return (*map(_int32, words), width, rows // len(key.row_runs), *r, counted // len(key.column_runs), *c)
+    return (
+        *map(_int32, (key.seed, key.layer, *run_words(key))),
+        width,
+        rows // len(key.row_runs),
+        *r,
+        counted // len(key.column_runs),
+        *c,
+    )
 
 
 def _int32(word: int) -> int:
