@@ -155,7 +155,7 @@ class TokenGather:
             parts = wait().reshape(self.comm.size, -1)
             codes = _joined(parts[:, :split].unflatten(1, mine.codes.shape), columns)
             scales = _joined(parts[:, split:].unflatten(1, mine.scales.shape), columns)
-            return replace(mine, codes=codes, scales=scales)
+            return replace(mine, codes=codes, scales=scales, carrier=None)
 
         return finish
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class BlockScaledTensor:
     block         the rows and columns that share a scale, as numbers: [1, C] where a row has one scale
     rotation      size n of the Hadamard groups along C, 1 for none; codes then hold the *unnormalized* rotation
     samples       independent draws of the same matrix, side by side in `codes`; scales and shape are those of one
+    carrier       the same matrix for GEMMs, if its quantizer wrote one; what changes codes drops it, `pack` leaves it
 
     Invariant: value = decode(code) * decode(scale) * global_scale / sqrt(rotation), in the rotated basis.
     """
@@ -84,6 +86,7 @@ class BlockScaledTensor:
     block: tuple[int, int]
     rotation: int = 1
     samples: int = 1
+    carrier: Carrier | None = field(default=None, compare=False, repr=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -96,7 +99,7 @@ class BlockScaledTensor:
         if self.samples == 1:
             return self
         width = self.codes.shape[1] // self.samples
-        return replace(self, codes=self.codes[:, index * width : (index + 1) * width], samples=1)
+        return replace(self, codes=self.codes[:, index * width : (index + 1) * width], samples=1, carrier=None)
 
     @property
     def nbytes(self) -> int:
@@ -113,10 +116,11 @@ class BlockScaledTensor:
             raise ValueError(f"codes with block {self.block} and rotation {self.rotation} cannot be read transposed")
         scales = self.scales.t().contiguous()
         if not self.format.element.packed:
-            return replace(self, codes=self.codes.t().contiguous(), scales=scales, block=self.block[::-1])
+            return replace(self, codes=self.codes.t().contiguous(), scales=scales, block=self.block[::-1], carrier=None)
         nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(-2).t()
         pairs = nibbles.reshape(nibbles.shape[0], -1, 2)
-        return replace(self, codes=pairs[..., 0] | pairs[..., 1] << 4, scales=scales, block=self.block[::-1])
+        codes = pairs[..., 0] | pairs[..., 1] << 4
+        return replace(self, codes=codes, scales=scales, block=self.block[::-1], carrier=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +175,43 @@ class PartedTensor:
         return PartedTensor(self.main.transpose(), None if self.side is None else self.side.t().contiguous())
 
 
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """A quantized matrix as exact values of a type that tensor cores multiply: what a GEMM reads in place of codes.
+
+    values    [R, C] bf16, float8_e5m2 or float8_e4m3fn: decode(code) * decode(block scale) * 2^shift, the rotation
+              unnormalized as in codes
+    scale     [] fp32, on the device: the factor that all values share (global scale / 2^shift)
+    rotation  size n of the Hadamard groups along C
+    rows      [R, 1] fp32 further factor of each row; None: 1
+    lost      [] int32, on the device: elements that `values` could not hold exactly; None where its type holds them all
+
+    Invariant, where nothing is lost: value = values * scale * rows / sqrt(rotation), in the rotated basis.
+    """
+
+    values: Tensor
+    scale: Tensor
+    rotation: int = 1
+    rows: Tensor | None = None
+    lost: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """[R, C]."""
+        return self.values.shape
+
+
+class Want(NamedTuple):
+    """What a quantizer is to give: codes with scales, or a carrier of a type, or both.
+
+    With both, the codes have the carrier at their side (`BlockScaledTensor.carrier`); a carrier alone is a `Carrier`.
+    """
+
+    codes: bool = True
+    carrier: torch.dtype | None = None
+
+
+CODES = Want()
 Quantized = BlockScaledTensor | PartedTensor
 Layout = tuple[Format, tuple[int, int], int, int]  # of codes: format, block, rotation, samples
 
