@@ -6,10 +6,18 @@ MASTER_PORT). Noise, seeds and numerics never depend on the environment.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
+from collections.abc import Mapping
 
-from fp4dist.errors import ConfigError
+from fp4dist.errors import ConfigError, EnvironmentMismatch
+
+# What changes how ranks talk, allocate or compute. It must be the same on every rank of a job.
+MANAGED = ("NCCL_", "TORCH_NCCL_", "NVTE_", "FP4DIST_", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF",
+           "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "UCX_", "NVSHMEM_")  # fmt: skip
+_PER_RANK = ("NCCL_DEBUG_FILE", "NCCL_TOPO_DUMP_FILE", "NCCL_GRAPH_DUMP_FILE")  # may name a file of each rank
+_NAMES, _HASH, _RANKS = "FP4DIST_ENV_NAMES", "FP4DIST_ENV_HASH", "FP4DIST_WORLD_SIZE"
 
 
 def rank() -> int:
@@ -59,6 +67,52 @@ def ensure_launch_variables() -> bool:
     return True
 
 
+def managed() -> dict[str, str]:
+    """The variables of this process that must be the same on every rank."""
+    names = sorted(n for n in os.environ if n.startswith(MANAGED) and n not in _PER_RANK)
+    return {name: os.environ[name] for name in names}
+
+
+def digest(variables: Mapping[str, str]) -> str:
+    """16 hex digits of names and values; launchers and ranks compute it alike."""
+    text = "".join(f"{name}={variables[name]}\n" for name in sorted(variables))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def signed(variables: Mapping[str, str]) -> dict[str, str]:
+    """`variables` and the two that let a rank check that all of them arrived: their names and their digest."""
+    return {**variables, _NAMES: ",".join(sorted(variables)), _HASH: digest(variables)}
+
+
+def check_signature() -> None:
+    """Raise EnvironmentMismatch when the launcher's variables did not all reach this process; free without a signature.
+
+    `deepspeed` with pdsh forwards few variables, containers drop others: NCCL then silently runs with its defaults.
+    """
+    planned = os.environ.get(_RANKS)
+    if planned is not None and planned != str(world_size()):
+        raise EnvironmentMismatch(
+            f"environment: {world_size()} ranks were started, the launcher planned {planned}; DeepSpeed without its"
+            " hostfile starts one node alone, and so does a batch script outside its job"
+        )
+    names, expected = os.environ.get(_NAMES), os.environ.get(_HASH)
+    if names is None or expected is None:
+        return
+    wanted = [name for name in names.split(",") if name]
+    missing = [name for name in wanted if name not in os.environ]
+    if missing:
+        raise EnvironmentMismatch(
+            f"environment: rank {rank()} on {socket.gethostname()}: {', '.join(missing)} did not arrive, which the"
+            " launcher set; export them there too (.deepspeed_env, srun --export=ALL, the container's environment)"
+        )
+    found = digest({name: os.environ[name] for name in wanted})
+    if found != expected:
+        raise EnvironmentMismatch(
+            f"environment: rank {rank()} on {socket.gethostname()}: the values of {names} have the digest {found}, the"
+            f" launcher's {expected}; a module, a profile or the container's image changes one of them"
+        )
+
+
 def serialize_device_queues() -> bool:
     """Set CUDA_DEVICE_MAX_CONNECTIONS=1 unless it is set; True when it was set now.
 
@@ -69,6 +123,11 @@ def serialize_device_queues() -> bool:
         return False
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     return True
+
+
+def log_nccl_init(path: str) -> None:
+    """Let NCCL write what it decides at init (transports, multi-node NVLink) to `path`. Before the first collective."""
+    os.environ.update(NCCL_DEBUG="INFO", NCCL_DEBUG_SUBSYS="INIT", NCCL_DEBUG_FILE=path)
 
 
 def ask_for_deterministic_kernels() -> None:

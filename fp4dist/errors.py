@@ -2,7 +2,9 @@
 
 
 class Fp4DistError(ValueError):
-    """Base of every error that fp4dist raises on purpose."""
+    """Base of every error that fp4dist raises on purpose. `exit_code` is what a program that it ends returns."""
+
+    exit_code = 2
 
 
 class ConfigError(Fp4DistError):
@@ -27,6 +29,12 @@ class CheckpointError(Fp4DistError):
 
 class DependencyError(Fp4DistError):
     """A package is missing, too old, or is an unrelated package of the same name."""
+
+
+class EnvironmentMismatch(Fp4DistError):
+    """Ranks of one job see different environment variables, or not those that the launcher set."""
+
+    exit_code = 22  # preflight's class for this fault
 
 
 class TrainingDiverged(Fp4DistError):

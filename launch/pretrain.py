@@ -6,7 +6,8 @@
     python launch/pretrain.py --config quickstart --set recipe=quartet2 --set train.steps=50
     python launch/pretrain.py --config quickstart --dry-run
 
-Exit codes: 0 done or interrupted in good order, 2 something to correct (the last line says what), 1 anything else.
+Exit codes: 0 done or interrupted in good order, 2 something to correct (the last line says what),
+22 ranks with different environments, 1 anything else.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> int:
     except (Fp4DistError, OSError) as e:
         if env.rank() == 0:
             print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
-        return 2
+        return getattr(e, "exit_code", 2)
     return 0
 
 

@@ -1,7 +1,9 @@
 """Which implementation runs an operation: declared with a reason for every no, resolved once, never inside a step.
 
 Operations and their signatures are those of the reference: `quantize`, `requantize`, `dequantize`, `amax`, `matmul`,
-`grouped_matmul`.
+`grouped_matmul`. Two more save passes over memory and are optional, codes being enough without them: `quantize_pair`
+(a matrix and its transpose at once) and `to_carrier` (codes -> `numerics.tensor.Carrier`). `mask`, `filter_by_mask`
+and `filter_by_scales` are those of `numerics.estimators`, `original` that of `numerics.quantize`.
 A backend registers a function with `@kernel(op, backend=...)` and a `supports` that returns why not, or None.
 """
 
@@ -17,7 +19,10 @@ from fp4dist.errors import KernelUnavailable
 from fp4dist.spec.recipe import QuantSpec
 from fp4dist.spec.run import BackendConfig
 
-Op = Literal["quantize", "requantize", "dequantize", "amax", "matmul", "grouped_matmul"]
+Op = Literal[
+    "quantize", "requantize", "dequantize", "amax", "matmul", "grouped_matmul", "quantize_pair", "to_carrier", "mask",
+    "filter_by_mask", "filter_by_scales", "original",
+]  # fmt: skip
 Backend = Literal["reference", "triton", "cuda"]
 AUTO_ORDER: tuple[Backend, ...] = ("cuda", "triton", "reference")
 
@@ -26,27 +31,44 @@ AUTO_ORDER: tuple[Backend, ...] = ("cuda", "triton", "reference")
 class Request:
     """What is asked of a kernel: the operand's spec (None for plain operands) and the device.
 
-    sums   an operand of the GEMM is a sum of codes and something beside them (`fp4dist.numerics.tensor.PartedTensor`)
+    sums    an operand of the GEMM is a sum of codes and something beside them (`fp4dist.numerics.tensor.PartedTensor`)
+    other   for `quantize_pair`: the spec of the transpose
     """
 
     op: Op
     spec: QuantSpec | None
     device: torch.device
     sums: bool = False
+    other: QuantSpec | None = None
+
+
+Types = tuple[torch.dtype, torch.dtype]
+CarrierTypes = Callable[[QuantSpec | None, QuantSpec | None, torch.device], Types | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One implementation of one operation."""
+    """One implementation of one operation.
+
+    carries        a quantizer that takes `want=`: codes, a carrier, or both
+    unrotates      a `requantize` that takes `back=`: the (rotation, key) whose basis the codes are in
+    sums           takes operands in parts (`fp4dist.numerics.tensor.PartedTensor`), not codes alone
+    carrier_types  of a GEMM: (spec of A, spec of B, device) -> the carriers' types in which it multiplies such operands
+                   fastest, or None where it wants codes; a spec is None for a plain operand
+    """
 
     op: Op
     backend: Backend
     fn: Callable[..., Any]
     supports: Callable[[Request], str | None]
+    carries: bool = False
+    unrotates: bool = False
+    carrier_types: CarrierTypes | None = None
+    sums: bool = False
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """Run it."""
-        return self.fn(*args)
+        return self.fn(*args, **named)
 
 
 _KERNELS: dict[tuple[Op, Backend], Kernel] = {}
@@ -58,12 +80,19 @@ def _anything(_: Request) -> str | None:
 
 
 def kernel(
-    op: Op, *, backend: Backend, supports: Callable[[Request], str | None] = _anything
+    op: Op,
+    *,
+    backend: Backend,
+    supports: Callable[[Request], str | None] = _anything,
+    carries: bool = False,
+    unrotates: bool = False,
+    carrier_types: CarrierTypes | None = None,
+    sums: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as `backend`'s implementation of `op`."""
+    """Register the decorated function as `backend`'s implementation of `op`; see Kernel."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _KERNELS[op, backend] = Kernel(op, backend, fn, supports)
+        _KERNELS[op, backend] = Kernel(op, backend, fn, supports, carries, unrotates, carrier_types, sums)
         return fn
 
     return register
@@ -93,8 +122,16 @@ def resolve(request: Request, config: BackendConfig) -> Kernel:
     raise KernelUnavailable(f"no backend can run {request.op}({label}) on {request.device}:\n{lines}\n  {way_out}")
 
 
-def grouped(matmul: Kernel) -> Callable[[Sequence[Any], Sequence[Any]], list[Any]]:
+def companion(request: Request, backend: Backend) -> Kernel | None:
+    """`backend`'s kernel for an optional operation, or None: whoever resolved that backend does without it."""
+    found = _KERNELS.get((request.op, backend))
+    return found if found is not None and found.supports(request) is None else None
+
+
+def grouped(matmul: Kernel) -> Callable[..., list[Any]]:
     """The backend of `matmul` for several independent pairs of operands: its `grouped_matmul`, or one call a pair.
+
+    The result is called as the reference's `grouped_matmul`.
 
     The bits are the same in either case, so what has resolved `matmul` needs no second resolution. A kernel that was
     wrapped, to watch its operands, is called for each pair.
@@ -102,7 +139,14 @@ def grouped(matmul: Kernel) -> Callable[[Sequence[Any], Sequence[Any]], list[Any
     found = _KERNELS.get(("grouped_matmul", matmul.backend))
     if found is not None and _KERNELS.get(("matmul", matmul.backend)) == matmul:
         return found.fn
-    return lambda a, b: [matmul(*pair) for pair in zip(a, b, strict=True)]
+
+    def one_by_one(
+        a: Sequence[Any], b: Sequence[Any], *, into: Sequence[Any] | None = None, **named: Any
+    ) -> list[Any]:  # fmt: skip
+        sums = [{}] * len(a) if into is None else [{} if total is None else {"into": total} for total in into]
+        return [matmul(x, w, **named, **more) for x, w, more in zip(a, b, sums, strict=True)]
+
+    return one_by_one
 
 
 def explain(request: Request, config: BackendConfig) -> dict[str, str]:
@@ -116,6 +160,7 @@ def _reason_against(request: Request, backend: Backend, config: BackendConfig) -
         return _MISSING.get(backend, f"has no {request.op}")
     if backend == "reference" and request.device.type != "cpu" and config.kind == "auto" and not config.allow_reference:
         return "refused on a GPU: backend.allow_reference is false"
-    if backend != "reference" and (request.sums or (request.spec is not None and request.spec.has_parts)):
+    of_sums = request.sums or (request.spec is not None and request.spec.has_parts)
+    if backend != "reference" and of_sums and not found.sums:
         return "multiplies codes alone, not what a split or an outlier leaves beside them"
     return found.supports(request)

@@ -101,6 +101,11 @@ def install(
     global _installed
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     refuse_unserved(recipe)
+    if backend is not None and backend.strict_exact:
+        raise ConfigError(
+            "backend.strict_exact: Megatron-LM's loop takes every finite step; leave it out (a GEMM that lost elements"
+            " still leaves FP8 carriers after the step), or use fp4dist's own engines"
+        )
     wanted = Installation(recipe, seed, backend, allow_recipe_change, keep_masks)
     if _installed is not None:
         return _same(_installed, wanted)
@@ -132,6 +137,7 @@ def _hook_megatron_lm(installation: Installation) -> None:
         _rebind(installation, module, function, builder)
     training = import_module("megatron.training.training")
     _rebind(installation, training, "train", _refusing_without_recipe(installation, training.train))
+    _rebind(installation, training, "train_step", _settling(installation, training.train_step))
 
 
 def _applying(installation: Installation, build: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,6 +148,21 @@ def _applying(installation: Installation, build: Callable[..., Any]) -> Callable
         return chunks
 
     return build_and_apply
+
+
+def _settling(installation: Installation, train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """End each step on all ranks together: what FP8 carriers have lost is merged over the world, and within a step the
+    stages of a pipeline wait for each other.
+    """
+
+    @wraps(train_step)
+    def settled(*args: Any, **kwargs: Any) -> Any:
+        result = train_step(*args, **kwargs)
+        for applied in installation.applied:
+            applied.settle()
+        return result
+
+    return settled
 
 
 def _refusing_without_recipe(installation: Installation, train: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,7 +191,8 @@ def _apply_to_stock(installation: Installation, chunks: list[nn.Module]) -> Appl
         tokens=args.micro_batch_size * args.seq_length // cp,
         allow_recipe_change=installation.allow_recipe_change,
     )
-    applied.clock.cache_weights = True  # Megatron-LM changes weights at the end of an iteration only
+    sharded = any(getattr(args, f"use_{kind}", False) for kind in ("megatron_fsdp", "custom_fsdp", "torch_fsdp2"))
+    applied.clock.cache_weights = not sharded  # Megatron-LM changes weights at the end of an iteration only
     models = [unwrap(chunk) for chunk in chunks]
     masks = None
     if not installation.keep_masks and not getattr(args, "reset_attention_mask", False):

@@ -12,10 +12,12 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fp4dist.errors import ConfigError
+from fp4dist.megatron import fusions
 from fp4dist.megatron.attention import core_attention
+from fp4dist.megatron.fusions import FusedResidualRMSNorm, FusedRMSNorm, FusedRopeAttention, Fusions, fused_loss
 from fp4dist.megatron.initialize import initialize_weights, keep_values
 from fp4dist.megatron.norm import Norm
 from fp4dist.megatron.recompute import keep_clock_on_replay
@@ -58,10 +60,12 @@ class Fp4SpecProvider(BackendSpecProvider):
     """Which class Megatron's spec builders use for each part of a layer.
 
     linears  "fp4dist": linears that apply_recipe can set to FP4; "megatron": Megatron's own, to compare with
+    fused    of these the norm and RoPE are this provider's affair
     """
 
-    def __init__(self, linears: Linears = "fp4dist") -> None:
+    def __init__(self, linears: Linears = "fp4dist", fused: Fusions = fusions.NONE) -> None:
         self.column, self.row = _linear_classes(linears)
+        self.fused = fused
 
     def column_parallel_linear(self) -> type:
         """For qkv, fc1."""
@@ -81,7 +85,16 @@ class Fp4SpecProvider(BackendSpecProvider):
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         """RMSNorm or LayerNorm, whatever the config says; `has_residual` came with 0.17."""
-        return Norm
+        return FusedRMSNorm if self.fused.norm and rms_norm else Norm
+
+    def residual_norm(self) -> type:
+        """The norm at the beginning of a residual branch."""
+        takes_pairs = MEGATRON_VERSION >= (0, 17)
+        return FusedResidualRMSNorm if self.fused.norm and takes_pairs else self.layer_norm(rms_norm=True)
+
+    def self_attention(self) -> type:
+        """The module around core attention; Megatron's builders do not ask for it."""
+        return FusedRopeAttention if self.fused.rope else SelfAttention
 
     def core_attention(self) -> type:
         """Transformer Engine's attention or torch's."""
@@ -111,11 +124,21 @@ class Fp4SpecProvider(BackendSpecProvider):
 
 
 class Fp4GPTModel(GPTModel):
-    """GPTModel with a head of class `head_class`, so that a rule can reach it; Megatron hard-codes its own class."""
+    """GPTModel with a head of class `head_class`, so that a rule can reach it; Megatron hard-codes its own class.
 
-    def __init__(self, *args: Any, head_class: type, **kwargs: Any) -> None:
+    fused   of these the loss is the model's affair
+    """
+
+    def __init__(self, *args: Any, head_class: type, fused: Fusions = fusions.NONE, **kwargs: Any) -> None:
         self._head_class = head_class  # before the constructor, which needs it
+        self._fused_loss = fused.loss
         super().__init__(*args, **kwargs)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Loss of each token, fp32 [B, S], of labels [B, S] and logits [S, B, V / tp]."""
+        if not self._fused_loss:
+            return super().compute_language_model_loss(labels, logits)
+        return fused_loss(logits, labels, parallel_state.get_tensor_model_parallel_group())
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Called by GPTModel's constructor once the head exists: exchange it before anything refers to its weight."""
@@ -139,8 +162,8 @@ def transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConf
     """Megatron's configuration of the model and its parallelism.
 
     dtype    torch.bfloat16 or torch.float32, of parameters and activations
-    returns  no biases and no dropout. On a GPU those fusions are on that need neither Transformer Engine nor apex:
-             SwiGLU and cross-entropy, by torch.compile; on a CPU none, since a compiler would have to run first
+    returns  no biases and no dropout. Of Megatron's fusions those that need neither Transformer Engine nor apex,
+             SwiGLU and cross-entropy, follow `fusions.choose`
     raises   ConfigError
     """
     if dtype not in (torch.bfloat16, torch.float32):
@@ -149,7 +172,7 @@ def transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConf
     if model.kv_channels % 2:
         raise ConfigError(f"model.head_dim = {model.kv_channels} must be even: RoPE rotates pairs")
     gpu = torch.cuda.is_available()
-    compiled = gpu and not config.train.deterministic  # each process tunes its compiled sums by itself
+    fused = fusions.choose(config)
     settings: dict[str, Any] = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -178,6 +201,8 @@ def transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConf
         # two stages would exchange two tensors at once in a batch, between the same two ranks
         overlap_p2p_comm=parallel.vpp > 1,
         batch_p2p_comm=parallel.vpp == 1,
+        account_for_embedding_in_pipeline_split=parallel.ends_as_layers,
+        account_for_loss_in_pipeline_split=parallel.ends_as_layers,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=1,
@@ -185,12 +210,12 @@ def transformer_config(config: RunConfig, dtype: torch.dtype) -> TransformerConf
         # the interleaved schedule frees an output whose sending it has not waited for: over gloo, garbage would arrive
         deallocate_pipeline_outputs=parallel.pp > 1 and parallel.vpp == 1,
         gradient_accumulation_fusion=False,  # needs apex; our linears add to main_grad themselves
-        bias_activation_fusion=compiled,
-        cross_entropy_loss_fusion=compiled,
+        bias_activation_fusion=fused.swiglu,
+        cross_entropy_loss_fusion=fused.loss,
         deterministic_mode=config.train.deterministic,
         cross_entropy_fusion_impl="native",
         bias_dropout_fusion=False,  # without bias and dropout nothing is left to fuse
-        apply_rope_fusion=False,  # needs Transformer Engine
+        apply_rope_fusion=False,  # needs Transformer Engine; ours does not
     )
     settings |= _recompute_settings(config)
     if model.moe is not None:
@@ -244,7 +269,7 @@ def _moe_settings(model: ModelConfig, moe: MoeConfig, parallel: ParallelConfig) 
     )
 
 
-def layer_spec(config: TransformerConfig, provider: BackendSpecProvider, *, experts: bool = False) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, provider: Fp4SpecProvider, *, experts: bool = False) -> ModuleSpec:
     """One transformer layer of the provider's parts, with the checkpoint keys of Megatron's own GPT layers.
 
     experts   a mixture of experts (config.num_moe_experts) takes the place of the MLP
@@ -254,11 +279,13 @@ def layer_spec(config: TransformerConfig, provider: BackendSpecProvider, *, expe
         num_experts=config.num_moe_experts if experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
     )
-    return transformer_layer(provider, mlp, qk_norm=config.qk_layernorm, dense=not experts)
+    return transformer_layer(
+        provider, mlp, qk_norm=config.qk_layernorm, dense=not experts, attention=provider.self_attention()
+    )
 
 
 def transformer_layer(
-    provider: BackendSpecProvider, mlp: Any, *, qk_norm: bool, dense: bool = True, attention: type = SelfAttention
+    provider: Fp4SpecProvider, mlp: Any, *, qk_norm: bool, dense: bool = True, attention: type = SelfAttention
 ) -> ModuleSpec:
     """A layer around the spec `mlp`; `dense` says that it is an MLP and no mixture of experts."""
     # the norm belongs to fc1 in Megatron's keys, but before experts it stands for itself
@@ -267,7 +294,7 @@ def transformer_layer(
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=provider.layer_norm(rms_norm=True),
+            input_layernorm=provider.residual_norm(),
             self_attention=ModuleSpec(
                 module=attention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -280,7 +307,7 @@ def transformer_layer(
                 ),
             ),
             self_attn_bda=cast(type, get_bias_dropout_add),  # a function here, as in Megatron's own specs
-            pre_mlp_layernorm=provider.layer_norm(rms_norm=True),
+            pre_mlp_layernorm=provider.residual_norm(),
             mlp=mlp,
             mlp_bda=cast(type, get_bias_dropout_add),
             sharded_state_dict_keys_map={
@@ -292,10 +319,15 @@ def transformer_layer(
 
 
 def block_spec(
-    config: TransformerConfig, *, linears: Linears = "fp4dist", vp_stage: int | None = None, pp_rank: int | None = None
+    config: TransformerConfig,
+    *,
+    linears: Linears = "fp4dist",
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+    fused: Fusions = fusions.NONE,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage and the final norm; pp_rank None means this process's."""
-    provider = Fp4SpecProvider(linears)
+    provider = Fp4SpecProvider(linears, fused)
     specs = {experts: layer_spec(config, provider, experts=experts) for experts in set(_has_experts(config))}
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
@@ -339,8 +371,11 @@ def build_gpt(
     megatron = megatron or transformer_config(config, dtype)
     if config.train.recompute != "none":
         keep_clock_on_replay()
-    spec: Any = block_spec(megatron, linears=linears, vp_stage=vp_stage)
-    model_class = GPTModel if linears == "megatron" else partial(Fp4GPTModel, head_class=_linear_classes(linears)[0])
+    fused = fusions.choose(config)
+    log.info("fusions by torch.compile: %s", fused.describe())
+    spec: Any = block_spec(megatron, linears=linears, vp_stage=vp_stage, fused=fused)
+    ours = partial(Fp4GPTModel, head_class=_linear_classes(linears)[0], fused=fused)
+    model_class = GPTModel if linears == "megatron" else ours
     model = model_class(
         config=megatron,
         transformer_layer_spec=spec,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ from torch import nn
 
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.assign import Assignments, assign, check_shapes
+from fp4dist.nn.carry import resolve_carrying
 from fp4dist.nn.clock import Clock
 from fp4dist.nn.controllers import ControlledLinear, Controllers
+from fp4dist.nn.exactness import Exactness
 from fp4dist.nn.gather import gather_words
 from fp4dist.nn.linear import Fp4Conv1D, Fp4Linear, convert, is_conv1d, revert
 from fp4dist.nn.phases import Phases, describe, names
@@ -60,6 +62,7 @@ class AppliedRecipe:
     optimizer: OptimizerControl | None = None  # what acts around the optimizer's step, once one is attached
     assigned: Assignments = field(default_factory=lambda: Assignments((), ()))  # every linear's rules, phases' too
     controllers: Controllers | None = None  # what scales and channel choices keep between steps; None: no model here
+    exactness: Exactness | None = None  # what FP8 carriers lost, and which GEMMs left them; None: no model here
     entered: bool = False  # whether set_step has been called
     phases: Phases = field(init=False)
 
@@ -97,16 +100,30 @@ class AppliedRecipe:
             self.controllers.enter(step)
         self.set_micro_batch(micro_batch)
         self.phases.enter(step, total)
-        return self._follow_phases()
+        return [*self._follow_exactness(), *self._follow_phases()]
 
     def settle(self, lr: float | None = None) -> None:
-        """End the present step: kept statistics and choices of channels take what all ranks have seen in it.
+        """End the present step: kept statistics and choices of channels take what all ranks have seen in it, quantized
+        weights are forgotten, and a GEMM whose FP8 carriers have lost elements leaves them.
 
         A collective call of the whole world, once after each optimizer step; `set_step` makes it where nobody did.
         lr   the run's present learning rate, which `amax: learned` needs
         """
         if self.controllers is not None:
             self.controllers.settle(self.clock.step, lr)
+        if self.exactness is not None:
+            self.exactness.settle(self.clock.step)
+        for target in self.targets:
+            if target.module.plan is not None:
+                target.module.plan.forget_weights()
+
+    def lost(self) -> int:
+        """Elements that FP8 carriers could not hold in the present step; of each operand the most in one carrier of any
+        rank. 0 where every product was exact.
+
+        A collective call of the whole world that waits for the device: between backward and the optimizer's step.
+        """
+        return sum(loss.count for loss in self.exactness.read(self.clock.step)) if self.exactness is not None else 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a run keeps from step to step beside weights and the optimizer's tensors: CPU tensors and plain values.
@@ -117,6 +134,7 @@ class AppliedRecipe:
             "controllers": self.controllers.state_dict() if self.controllers is not None else None,
             "phases": self.phases.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
+            "exactness": self.exactness.state_dict() if self.exactness is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,6 +147,13 @@ class AppliedRecipe:
         self.phases.load_state_dict(state["phases"])
         if self.optimizer is not None and state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
+        self.load_exactness(state)
+
+    def load_exactness(self, state: Mapping[str, Any]) -> None:
+        """Take from `state_dict`'s state only which GEMMs have left FP8 carriers: no part of a recipe."""
+        if self.exactness is not None and state.get("exactness") is not None:
+            self.exactness.load_state_dict(state["exactness"])
+            _give_carriers(self)
 
     @property
     def optimizer_state(self) -> OptimizerState | None:
@@ -247,6 +272,15 @@ class AppliedRecipe:
     def _block_targets(self) -> list[Target]:
         return [t for t in self.targets if t.site.role in BLOCK_ROLES] or list(self.targets)
 
+    def _follow_exactness(self) -> list[str]:
+        """Give the GEMMs that lost elements in the step before bf16 carriers; what to log."""
+        if self.exactness is None:
+            return []
+        new = self.exactness.news()
+        if new:
+            _give_carriers(self)
+        return [f"step {self.clock.step}: {loss.text()}" for loss in new]
+
     def _follow_phases(self) -> list[str]:
         """Make the phases that should run run; what to log of those that start."""
         running = self.phases.running()
@@ -335,6 +369,7 @@ def apply_recipe(
     _refuse_unreachable(applied, chunks, {site.layer for _, site, _, _ in found})
     applied.controllers = _controllers(applied)
     applied.controllers.replicas = (data_parallel or _data_parallel(targets))[1]
+    applied.exactness = _exactness(applied, applied.controllers.device)
     _give_plans(applied)
     applied.set_micro_batch(0)
     applied.reset_counts()  # a recipe applied earlier has left its own
@@ -342,7 +377,13 @@ def apply_recipe(
 
 
 def plan_table(
-    sites: Sequence[LinearSite], recipe: Recipe, *, tokens: int | None = None, tp: int = 1, cp: int = 1
+    sites: Sequence[LinearSite],
+    recipe: Recipe,
+    *,
+    tokens: int | None = None,
+    tp: int = 1,
+    cp: int = 1,
+    sequence_parallel: bool = False,
 ) -> AppliedRecipe:
     """The table without a model: rules, shapes and sizes are checked, no kernel is resolved.
 
@@ -351,7 +392,7 @@ def plan_table(
     assigned = assign(sites, recipe)
     for row in assigned.rows:
         for linear in row.variants(recipe):
-            check_shapes(row.site, linear, tokens=tokens, tp=tp, cp=cp)
+            check_shapes(row.site, linear, tokens=tokens, tp=tp, cp=cp, sequence_parallel=sequence_parallel)
     rows, remarks = _rows(assigned, recipe), assigned.remarks
     return AppliedRecipe(recipe, Clock(), rows, remarks, (), BackendConfig(), assigned=assigned)
 
@@ -375,7 +416,10 @@ def _check_variants(
     """What a phase will turn the linear into must be possible too, now rather than at the phase's first step."""
     for linear in variants:
         comm = target.module.comm
-        check_shapes(target.site, linear, tokens=tokens, tp=comm.size, cp=comm.context[1])
+        gathers = comm.token_shard is not None
+        check_shapes(
+            target.site, linear, tokens=tokens, tp=comm.size, cp=comm.context[1], sequence_parallel=gathers
+        )  # fmt: skip
         resolve_kernels(linear, target.device, backend)
 
 
@@ -393,17 +437,49 @@ def _give_plans(applied: AppliedRecipe) -> None:
         i = rows[target.site.path]
         row = updated[i]
         plan = LinearPlan.resolve(
-            target.site.path, target.site.number, row.recipe, applied.clock, target.device, applied.backend
-        )
+            target.site.path, target.site.number, row.recipe, applied.clock, target.device, applied.backend,
+            applied.exactness.in_bf16(target.site.path) if applied.exactness is not None else (),
+        )  # fmt: skip
         if target.module.plan is not None:
             plan.tally = target.module.plan.tally
         if applied.controllers is not None:
             plan.controls = applied.controllers.slots(target.site.path, row.recipe, target.module.comm)
+        if applied.exactness is not None:
+            plan.carrying.lost = applied.exactness.slots(target.site.path) if plan.carrying.narrow else {}
         target.module.set_plan(plan)
         backends = {name: kernel.backend for name, kernel in plan.kernels.items()}
         gather = gather_words(row.recipe, target.module.comm, applied.tokens)
-        updated[i] = LinearRow(row.site, row.linear, row.recipe, row.why, backends, gather)
+        updated[i] = LinearRow(
+            row.site, row.linear, row.recipe, row.why, backends, gather, carriers=plan.carrying.words()
+        )
     applied.rows = tuple(updated)
+
+
+def _give_carriers(applied: AppliedRecipe) -> None:
+    """Let the plans follow `applied.exactness`: in place, for whoever holds them goes on."""
+    assert applied.exactness is not None
+    carriers: dict[str, dict[str, str]] = {}
+    for target in applied.targets:
+        plan, in_bf16 = target.module.plan, applied.exactness.in_bf16(target.site.path)
+        if plan is not None and in_bf16.intersection(plan.carrying.narrow):
+            lost = plan.carrying.lost
+            plan.carrying = resolve_carrying(plan.recipe, plan.kernels, target.device, in_bf16)
+            plan.carrying.lost = lost
+            plan.forget_weights()
+            carriers[target.site.path] = plan.carrying.words()
+    applied.rows = tuple(
+        replace(row, carriers=carriers[row.site.path]) if row.site.path in carriers else row for row in applied.rows
+    )
+
+
+def _exactness(applied: AppliedRecipe, device: torch.device) -> Exactness:
+    """The counts of the whole model. Whether there are any is decided by the recipe, the same on every rank."""
+    variants = {variant for a in applied.assigned.rows for variant in a.variants(applied.recipe)}
+    watched = any(
+        resolve_carrying(variant, resolve_kernels(variant, device, applied.backend), device).narrow
+        for variant in variants
+    )
+    return Exactness((a.site.path for a in applied.assigned.rows), device, watched)
 
 
 def _controllers(applied: AppliedRecipe) -> Controllers:

@@ -11,8 +11,8 @@ from functools import cached_property
 
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import SLOT_DIMS, Dim
+from fp4dist.nn.filling import token_multiple, why_not_filled
 from fp4dist.nn.sites import LinearSite
-from fp4dist.spec.blocks import Quest, Sawb
 from fp4dist.spec.recipe import HIGH_PRECISION, SLOTS, LinearRecipe, Recipe, Rule
 from fp4dist.spec.splits import LowRank
 
@@ -114,15 +114,30 @@ def describe(rule: Rule, num_layers: int) -> str:
     return " ".join(words) or "everything"
 
 
-def check_shapes(site: LinearSite, recipe: LinearRecipe, *, tokens: int | None, tp: int, cp: int = 1) -> None:
+def check_shapes(
+    site: LinearSite,
+    recipe: LinearRecipe,
+    *,
+    tokens: int | None,
+    tp: int,
+    cp: int = 1,
+    sequence_parallel: bool = False,
+) -> None:
     """Every operand's rows and columns must divide by its block and rotation on each rank.
 
-    tokens   tokens of one micro-batch on one context-parallel rank; None skips the wgrad check of T
+    tokens   tokens of one micro-batch on one context-parallel rank; None skips the check of T. They may be filled up
+             with zero tokens where no parallelism splits them and no block takes moments over them
     cp       context-parallel ranks: with more than one, a rank holds two separate pieces of the sequence
+    sequence_parallel   tensor-parallel ranks hold parts of the tokens
     """
-    if site.role == "expert":
-        tokens = None  # the router decides it, and experts fill up their operands
-        _check_filled(site, recipe)
+    multiple, split = token_multiple(recipe), cp > 1 or sequence_parallel
+    fills = site.role == "expert" or (tokens is not None and tokens % multiple > 0 and not split)
+    if fills and multiple > 1 and (reason := why_not_filled(recipe)) is not None:
+        raise RecipeMismatch(
+            f"{site.path} {reason}; {'' if site.role == 'expert' else f'change the {tokens} tokens of a micro-batch, '}"
+            "use an absmax scale or a block of fixed size, or give this layer to bf16 with a rule"
+        )
+    tokens = None if fills else tokens
     sizes: dict[Dim, int | None] = {"T": tokens, "O": site.out_features, "I": site.in_features}
     names = {"T": "tokens per micro-batch", "O": "output features", "I": "input features"}
     for slot in SLOTS:
@@ -148,33 +163,6 @@ def check_shapes(site: LinearSite, recipe: LinearRecipe, *, tokens: int | None, 
                     f" which {spec.label()} needs; change that size, use a smaller block or rotation,"
                     " or give this layer to bf16 with a rule"
                 )
-
-
-def token_multiple(recipe: LinearRecipe) -> int:
-    """What the number of tokens must be a multiple of for every slot of the recipe."""
-    needed = 1
-    for slot in SLOTS:
-        spec = recipe.slot(slot)
-        if spec is not None:
-            sizes = (spec.rows_multiple, spec.columns_multiple)
-            needed = math.lcm(needed, *(n for n, dim in zip(sizes, SLOT_DIMS[slot], strict=True) if dim == "T"))
-    return needed
-
-
-def _check_filled(site: LinearSite, recipe: LinearRecipe) -> None:
-    """Zero tokens, which fill up an expert's operands, must not count in the moments of a row or tensor."""
-    multiple = token_multiple(recipe)
-    for slot in SLOTS if multiple > 1 else ():
-        spec, dims = recipe.slot(slot), SLOT_DIMS[slot]
-        if spec is None or not isinstance(spec.rule, (Quest, Sawb)):
-            continue
-        whole = [dim for dim, size in zip(dims, spec.shape, strict=True) if size == 0]
-        if "T" in whole:
-            raise RecipeMismatch(
-                f"{site.path} {slot}: an expert's tokens are filled up with zeros to a multiple of {multiple}, and"
-                f" {spec.label()} would take them into the moments of a whole {'row' if len(whole) == 1 else 'tensor'};"
-                " use an absmax scale or a block of fixed size, or give experts to bf16 with a rule"
-            )
 
 
 @dataclass(frozen=True, slots=True)

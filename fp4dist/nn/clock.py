@@ -23,7 +23,8 @@ class Clock:
     seed            the run's seed, half of the Philox key
     step            optimizer step
     micro_batch     global micro-batch index: i * data_parallel_size + data_parallel_rank
-    cache_weights   the loop promises that weights change only between steps, so quantized weights may be kept for one
+    cache_weights   the loop promises that weights change only between steps, so quantized weights may be kept for one;
+                    not where weights are gathered for a layer at a time (ZeRO 3, FSDP): all their codes would stay
     """
 
     seed: int = 0

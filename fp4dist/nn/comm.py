@@ -8,7 +8,6 @@ of it, and its noise is keyed by its place in the logical tensor; so a split cha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -120,7 +119,18 @@ def place(comm: LinearComm, slot: str, rows: int, columns: int, key: Key, token_
     row_dim, column_dim = SLOT_DIMS[slot]
     row_runs, all_rows = _runs(comm, row_dim, rows, token_shard)
     column_runs, all_columns = _runs(comm, column_dim, columns, token_shard)
-    return replace(key, row_runs=row_runs, rows=all_rows, column_runs=column_runs, columns=all_columns)
+    return Key(
+        key.seed,
+        key.layer,
+        key.step,
+        key.micro_batch,
+        key.slot,
+        key.stream,
+        row_runs,
+        column_runs,
+        all_rows,
+        all_columns,
+    )
 
 
 def token_runs(comm: LinearComm, tokens: int, token_shard: bool) -> tuple[tuple[int, ...], int]:

@@ -5,7 +5,8 @@
 
 M_x is kept from forward, one bit an element for a mask; M_w is made again from the weight, with the scales that its
 codes have. Both act on one rank's part of the gradient: a partial sum, or the tokens that this rank holds. Where an
-outlier has been taken out of the codes, an element passes as it is.
+outlier has been taken out of the codes, an element passes as it is. Masks of codes alone have kernels of their own, one
+pass over each tensor (`nn.passing`); everything else is torch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import LinearComm
+from fp4dist.nn.passing import FILTER_W, FILTER_X, MASK_X
 from fp4dist.nn.plan import LinearPlan, Operand
 from fp4dist.numerics.estimators import amax_direction, inside, pack_bits, rows, scaled, slope, unpack_bits
 from fp4dist.numerics.rotation import filtered, rotate
@@ -37,9 +39,12 @@ def keep_x(plan: LinearPlan, comm: LinearComm, x: Tensor, operand: Operand) -> l
     if main.shape[0] != x_TI.shape[0]:
         mine = slice(comm.rank * len(x_TI), (comm.rank + 1) * len(x_TI))
         main, side = rows(main, mine.start, mine.stop), side[mine] if side is not None else None
+    key = plan.clock.key(plan.number, "fprop.x")
+    if (mask := plan.kernels.get(MASK_X)) is not None:
+        return [mask(x_TI, main.scales, main.global_scale, spec, key)]
     if isinstance(spec.outlier, Channels):
         x_TI = _without(x_TI, _channels(plan))
-    u = scaled(x_TI, main.scales, main.global_scale, spec, plan.clock.key(plan.number, "fprop.x"))
+    u = scaled(x_TI, main.scales, main.global_scale, spec, key)
     beside = side != 0 if side is not None and not isinstance(spec.outlier, Channels | HotResidual) else None
     factor = _factor(u, spec, beside)
     if isinstance(spec.estimator, Dge):
@@ -63,6 +68,8 @@ def pass_x(plan: LinearPlan, dx: Tensor, kept: list[Tensor]) -> Tensor:
     if not kept or spec is None:
         return dx
     dx_TI = dx.flatten(0, -2)
+    if (by_mask := plan.kernels.get(FILTER_X)) is not None:
+        return by_mask(dx_TI, kept[0], spec.rotation, plan.clock.key(plan.number, "fprop.x")).view(dx.shape)
     if len(kept) == 2:
         _train_amax(plan, "fprop.x", spec, dx_TI, kept[1])
     factor = kept[0] if kept[0].is_floating_point() else unpack_bits(kept[0], dx_TI.shape[1])
@@ -95,10 +102,12 @@ def pass_w(plan: LinearPlan, dw: Tensor, weight: Tensor, kept: list[Tensor]) -> 
     spec = plan.spec("fprop.w")
     if not kept or spec is None:
         return dw
-    x_spec = plan.spec("fprop.x")
+    key, x_spec = plan.clock.key(plan.number, "fprop.w"), plan.spec("fprop.x")
     chosen = _channels(plan) if x_spec is not None and isinstance(x_spec.outlier, Channels) else None
+    if chosen is None and (by_scales := plan.kernels.get(FILTER_W)) is not None:
+        return by_scales(dw, weight.detach(), kept[0], kept[1], spec, key)
     w = _without(weight.detach(), chosen)
-    u = scaled(w, kept[0], kept[1], spec, plan.clock.key(plan.number, "fprop.w"))
+    u = scaled(w, kept[0], kept[1], spec, key)
     if isinstance(spec.estimator, Lsq):
         size = spec.rotation.size if spec.rotation is not None else 1
         q = BlockScaledTensor(kept[2], kept[0], kept[1], spec.format, (u.shape[0], u.shape[1]), size)

@@ -16,7 +16,7 @@ NVFP4 1x16 instead of 2. An operand that contracts I or O is a shard of rows, on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -71,16 +71,21 @@ class TokenGather:
         self.plan, self.comm = plan, comm
         self.tally = plan.tally if counted else Tally()
 
-    def forward_x(self, x: Tensor) -> tuple[Wait, Operand]:
-        """Start fprop.x of all tokens from x [..., I]; also what this rank keeps of it."""
+    def forward_x(self, x: Tensor, needs_dw: bool) -> tuple[Wait, Operand, Operand | None]:
+        """Start fprop.x of all tokens from x [..., I]; also what this rank keeps of it, and codes of wgrad.x [I, T]
+        where those are made here, which then stand for x.
+        """
         plan, comm = self.plan, self.comm
+        if needs_dw and plan.pair_x is not None and comm.token_shard != "x":
+            operand, turned = plan.quantize_input(x.flatten(0, -2), comm)
+            return lambda: operand, operand, turned
         if comm.token_shard == "x" and self._packs("fprop.x", x):
             mine = plan.quantize("fprop.x", x.flatten(0, -2), comm, token_shard=True)
             assert isinstance(mine, BlockScaledTensor)
-            return self.rows("fprop.x", mine, x.element_size()), mine
+            return self.rows("fprop.x", mine, x.element_size()), mine, None
         whole = self.whole("fprop.x", x)() if comm.token_shard == "x" else x
         operand = plan.quantize("fprop.x", whole.flatten(0, -2), comm)
-        return lambda: operand, operand
+        return lambda: operand, operand, None
 
     def backward_x(self, x: Tensor | None, codes: Quantized | None, tokens: int, itemsize: int) -> Wait:
         """Start wgrad.x [I, T] from the kept input x [..., I] or its forward codes, of this rank's tokens or of all.
@@ -114,18 +119,28 @@ class TokenGather:
         if comm.token_shard == "y" and slots and all(self._packs(slot, dy) for slot in slots):
             dy_TO, itemsize = dy.flatten(0, -2), dy.element_size()
             waits: dict[str, Wait] = {}
-            for slot in slots:
-                mine = plan.quantize(slot, dy_TO if slot == "dgrad.dy" else dy_TO.t(), comm, token_shard=True)
+            for slot, mine in self._quantized(slots, dy_TO):
                 assert isinstance(mine, BlockScaledTensor)
                 gather = self.rows if slot == "dgrad.dy" else self.columns
                 waits[slot] = gather(slot, mine, itemsize if slot == slots[0] else 0)  # high precision: gathered once
             return waits.get("dgrad.dy", _not_needed), waits.get("wgrad.dy", _not_needed), _not_needed
         whole = self.whole(slots[0], dy) if comm.token_shard == "y" and slots else _known(dy)
+        if plan.pair is not None and len(slots) == 2:
+            return *_each_once(lambda: plan.quantize_gradient(whole().flatten(0, -2), comm)), whole
         return (
             lambda: plan.quantize("dgrad.dy", whole().flatten(0, -2), comm),
             lambda: plan.quantize("wgrad.dy", whole().flatten(0, -2).t(), comm),
             whole,
         )
+
+    def _quantized(self, slots: list[str], dy_TO: Tensor) -> Iterator[tuple[str, Operand]]:
+        """This rank's part of dY as codes for each of `slots`."""
+        plan, comm = self.plan, self.comm
+        if plan.pair is not None and len(slots) == 2:
+            yield from zip(slots, plan.quantize_gradient(dy_TO, comm, token_shard=True), strict=True)
+            return
+        for slot in slots:
+            yield slot, plan.quantize(slot, dy_TO if slot == "dgrad.dy" else dy_TO.t(), comm, token_shard=True)
 
     def whole(self, slot: str, part: Tensor) -> Callable[[], Tensor]:
         """Start gathering this rank's part [n, ...] in high precision along the first dimension."""
@@ -175,6 +190,18 @@ def _joined(parts: Tensor, columns: bool) -> Tensor:
     return (parts.transpose(0, 1) if columns else parts).reshape(
         *((parts.shape[1], -1) if columns else (-1, parts.shape[2]))
     )
+
+
+def _each_once(make: Callable[[], tuple[Operand, Operand]]) -> tuple[Wait, Wait]:
+    """The two results of one call of `make`, which comes with the first of them; each is given once, and let go."""
+    left: dict[int, Operand] = {}
+
+    def take(i: int) -> Operand:
+        if not left:
+            left.update(enumerate(make()))
+        return left.pop(i)
+
+    return lambda: take(0), lambda: take(1)
 
 
 def _once(wait: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -2,17 +2,15 @@
 
 The tokens of all experts lie in one matrix, sorted by expert. Each expert is a logical tensor of its own: own plan and
 noise number, own amax, own scales; only the GEMMs are put together. An expert's number of tokens is whatever the router
-makes it, so every operand is filled up with zero tokens to what its blocks and rotation need; a zero token changes no
-amax, adds exactly nothing to dW where tokens are not rotated (and nothing but rounding of the others' rotation where
-they are), and is cut from Y and dX. It does lower the moments (quest, sawb) of its block; where that is a whole row or
-tensor, `nn.assign.check_shapes` refuses it. An expert without tokens runs nothing, and its weight's gradient is zero.
+makes it, so every operand is filled up with zero tokens to what its blocks and rotation need (`nn.filling`). An expert
+without tokens runs nothing, and its weight's gradient is zero.
 
 `expert_linear` is the same for one expert, in `function.py`'s GEMMs: what the grouped form is compared with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +20,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fp4dist.kernels.registry import Kernel, grouped
-from fp4dist.nn.assign import token_multiple
 from fp4dist.nn.comm import LinearComm
 from fp4dist.nn.estimators import keep_w, keep_x, pass_w, pass_x
-from fp4dist.nn.function import Kept, codes_for, fp4_linear, hand_over, high_precision_weight, in_dtype, restore, save
-from fp4dist.nn.plan import HIGH, LinearPlan, Operand
+from fp4dist.nn.filling import token_multiple
+from fp4dist.nn.function import (
+    Kept,
+    codes_for,
+    filled_linear,
+    hand_over,
+    high_precision_weight,
+    in_dtype,
+    main_grad_for,
+    no_autocast,
+    restore,
+    save,
+)
+from fp4dist.nn.gather import TokenGather, Wait
+from fp4dist.nn.plan import HIGH, LinearPlan, Operand, gemm_keywords
 from fp4dist.spec.recipe import GEMMS
 
 Pair = tuple[Operand, Operand]
+Gradient = tuple[Wait, Wait, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +66,13 @@ class TokenPart:
 
 def expert_linear(x: Tensor, expert: Expert, part: TokenPart) -> Tensor:
     """[T, I] -> [T, O] for any T: the per-expert form."""
-    plan, tokens = expert.plan, x.shape[0]
-    if tokens == 0:
+    plan = expert.plan
+    if x.shape[0] == 0:
         if torch.is_grad_enabled():
             plan.tally.unneeded.update(GEMMS)
         return x.matmul(expert.weight.to(x.dtype).t())  # empty; backward gives the weight its zero gradient
-    missing = -tokens % token_multiple(plan.recipe)
-    if missing:
-        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
-    plan.filled = missing
     with _at_part([plan], part):
-        y = fp4_linear(x, expert.weight, plan, expert.comm)
-    return y[:tokens] if missing else y
+        return filled_linear(x, expert.weight, plan, expert.comm)
 
 
 def grouped_linear(x: Tensor, experts: Sequence[Expert], counts: Sequence[int], part: TokenPart) -> Tensor:
@@ -82,7 +88,7 @@ def grouped_linear(x: Tensor, experts: Sequence[Expert], counts: Sequence[int], 
         x = _filled(x, counts, full)
     added = [m - n for m, n in zip(full, counts, strict=True)]
     group = _Group([e.plan for e in experts], [e.comm for e in experts], full, added)
-    with _at_part(group.plans, part), torch.autocast(x.device.type, enabled=False):
+    with _at_part(group.plans, part), no_autocast(x):
         y = GroupedLinearFunction.apply(x, group, torch.is_grad_enabled(), *(e.weight for e in experts))
     if full == list(counts):
         return y
@@ -126,7 +132,7 @@ class GroupedLinearFunction(torch.autograd.Function):
             operands[e] = (plan.quantize("fprop.x", x_parts[e], comm), w_q)
         y = x.new_empty((x.shape[0], weights[0].shape[0]))
         y_parts = y.split(group.counts)
-        for e, product in _products(group, "fprop", operands, counted=training).items():
+        for e, product in _products(group, "fprop", operands, counted=training, out=x.dtype).items():
             y_parts[e].copy_(product)
         high = group.busy("fprop", high=True)
         for e, product in _high_rows(x_parts, {e: weights[e].to(x.dtype).t() for e in high}).items():
@@ -151,11 +157,15 @@ class GroupedLinearFunction(torch.autograd.Function):
         *kept, whole = restore(ctx)
         x_parts = whole.x.split(group.counts) if whole.x is not None else None
         dy_parts = dy.split(group.counts)
-        with ExitStack() as stack, torch.autocast(dy.device.type, enabled=False):
+        with ExitStack() as stack, no_autocast(dy):
             for plan, time in zip(group.plans, ctx.times, strict=True):
                 stack.enter_context(plan.clock.at(*time))
-            dx = _dgrad(group, dy, dy_parts, kept, weights) if needs_dx else None
-            dws = _wgrad(group, dy_parts, x_parts, kept, weights, needs_dw)
+            dys = [
+                TokenGather(plan, comm).gradient(part, needs_dx, needed)
+                for plan, comm, part, needed in zip(group.plans, group.comms, dy_parts, needs_dw, strict=True)
+            ]
+            dx = _dgrad(group, dy, dy_parts, dys, kept, weights) if needs_dx else None
+            dws = _wgrad(group, dy_parts, dys, x_parts, kept, weights, needs_dw)
         return dx, None, None, *dws
 
 
@@ -163,19 +173,19 @@ def _dgrad(
     group: _Group,
     dy: Tensor,
     dy_parts: Sequence[Tensor],
+    dys: Sequence[Gradient],
     kept: Sequence[Kept],
     weights: Sequence[Tensor],
 ) -> Tensor:
-    """[T, I] in dy's dtype."""
+    """[T, I] in dy's dtype. dys: each expert's dY as `TokenGather.gradient` gives it."""
     operands = {}
     for e in group.busy("dgrad", high=False):
         plan, comm = group.plans[e], group.comms[e]
-        dy_q = plan.quantize("dgrad.dy", dy_parts[e], comm)
         w_q = plan.backward_operand("dgrad.w", kept[e].w_q, weights[e], comm)
-        operands[e] = (dy_q, in_dtype(w_q, dy.dtype))
+        operands[e] = (dys[e][0](), in_dtype(w_q, dy.dtype))
     dx = dy.new_empty((dy.shape[0], weights[0].shape[1]))
     dx_parts = dx.split(group.counts)
-    for e, product in _products(group, "dgrad", operands).items():
+    for e, product in _products(group, "dgrad", operands, out=dy.dtype).items():
         dx_parts[e].copy_(product)
     high = group.busy("dgrad", high=True)
     plain = {e: high_precision_weight(group.plans[e], kept[e].w_q, weights[e], group.comms[e]) for e in high}
@@ -191,6 +201,7 @@ def _dgrad(
 def _wgrad(
     group: _Group,
     dy_parts: Sequence[Tensor],
+    dys: Sequence[Gradient],
     x_parts: Sequence[Tensor] | None,
     kept: Sequence[Kept],
     weights: Sequence[Tensor],
@@ -201,11 +212,11 @@ def _wgrad(
     for e in group.busy("wgrad", high=False):
         if needed[e]:
             plan, comm = group.plans[e], group.comms[e]
-            dyt_q = plan.quantize("wgrad.dy", dy_parts[e].t(), comm)
             master = x_parts[e] if x_parts is not None else None
             x_q = plan.backward_operand("wgrad.x", kept[e].x_q, master, comm)
-            operands[e] = (dyt_q, in_dtype(x_q, dy_parts[e].dtype))
-    dws = _products(group, "wgrad", operands)
+            operands[e] = (dys[e][1](), in_dtype(x_q, dy_parts[e].dtype))
+    totals = {e: main_grad_for(group.plans[e], weights[e], bool(kept[e].passing_w)) for e in operands}
+    dws = _products(group, "wgrad", operands, into=totals)
     high = [e for e in group.busy("wgrad", high=True) if needed[e]]
     if high:
         dws |= _high_weights(dy_parts, {e: _high_input(group, e, x_parts, kept[e], dy_parts[e].dtype) for e in high})
@@ -220,15 +231,24 @@ def _wgrad(
     ]
 
 
-def _products(group: _Group, gemm: str, operands: dict[int, Pair], counted: bool = True) -> dict[int, Tensor]:
-    """A B^T in fp32 of every pair, in one call for each kernel that the plans have chosen."""
+def _products(
+    group: _Group,
+    gemm: str,
+    operands: dict[int, Pair],
+    counted: bool = True,
+    *,
+    out: torch.dtype = torch.float32,
+    into: Mapping[int, Tensor | None] | None = None,
+) -> dict[int, Tensor]:
+    """A B^T of every pair, in one call for each kernel that the plans have chosen; out, into: of `LinearPlan.matmul`"""
     by_kernel: dict[Kernel, list[int]] = {}
     for e in operands:
         by_kernel.setdefault(group.plans[e].kernels[gemm], []).append(e)
     found: dict[int, Tensor] = {}
     for kernel, members in by_kernel.items():
-        results = grouped(kernel)([operands[e][0] for e in members], [operands[e][1] for e in members])
-        found.update(zip(members, results, strict=True))
+        pairs = [group.plans[e].operands(gemm, *operands[e]) for e in members]
+        named = gemm_keywords(out, [into[e] for e in members] if into is not None else None)
+        found.update(zip(members, grouped(kernel)([a for a, _ in pairs], [b for _, b in pairs], **named), strict=True))
     if counted:
         for e, (a, b) in operands.items():
             group.plans[e].count(gemm, a.shape[0], b.shape[0], a.shape[1])

@@ -19,6 +19,7 @@ class LinearRow:
 
     kernels   slot or GEMM -> backend (empty in a dry run)
     gather    slot -> packed or high, where sequence parallelism gathers its tokens (of this rank's linears)
+    carriers  GEMM -> type in which its operands are multiplied (bfloat16, e5m2 ...), where it reads carriers
     """
 
     site: LinearSite
@@ -27,6 +28,7 @@ class LinearRow:
     why: str
     kernels: dict[str, str]
     gather: dict[str, str] = field(default_factory=dict)
+    carriers: dict[str, str] = field(default_factory=dict)
 
     def kinds(self) -> dict[str, str]:
         """GEMM -> fp4, fp8, mixed or bf16."""
@@ -53,6 +55,7 @@ class LinearRow:
             "gemms": self.kinds(),
             "kernels": self.kernels,
             "gather": self.gather,
+            **({"carriers": self.carriers} if self.carriers else {}),
             "why": self.why,
             **({"side": side} if (side := self.side()) else {}),
         }
@@ -95,7 +98,7 @@ def table_text(rows: Sequence[LinearRow], recipe: Recipe, remarks: Sequence[str]
     for row in rows:
         name = row.site.path.rsplit(".", 1)[-1]
         key = (name, row.site.role, row.site.out_features, row.site.in_features, row.linear, row.why)
-        how = (tuple(sorted(row.kernels.items())), tuple(sorted(row.gather.items())))
+        how = tuple(tuple(sorted(words.items())) for words in (row.kernels, row.gather, row.carriers))
         groups.setdefault((*key, *how), []).append(row)
     for members in groups.values():
         lines += _group_lines(members)
@@ -120,7 +123,8 @@ def _group_lines(members: Sequence[LinearRow]) -> list[str]:
             backend = f" <{row.kernels[slot]}>" if slot in row.kernels else ""
             gather = f" gather: {row.gather[slot]}" if slot in row.gather else ""
             texts.append(f"{slot.split('.')[1]}: {row.recipe.word(slot)}{backend}{gather}")
-        matmul = f"  gemm <{row.kernels[gemm]}>" if gemm in row.kernels else ""
+        carrier = f", {row.carriers[gemm]}" if gemm in row.carriers else ""
+        matmul = f"  gemm <{row.kernels[gemm]}{carrier}>" if gemm in row.kernels else ""
         if gemm in (shares := row.side()):
             matmul += f"  {shares[gemm]:.1%} of it beside the codes"
         if row.recipe.repeats(gemm) > 1:

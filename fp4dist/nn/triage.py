@@ -30,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fp4dist.nn.clock import Clock
 from fp4dist.nn.plan import LinearPlan
 from fp4dist.nn.sites import global_path, named_modules
-from fp4dist.numerics.tensor import BlockScaledTensor
+from fp4dist.numerics.tensor import BlockScaledTensor, Carrier
 from fp4dist.spec.recipe import GEMMS
 
 Direction = Literal["forward", "backward"]
@@ -157,6 +157,9 @@ def triage(
         for plan in plans.values():
             stack.callback(setattr, plan, "kernels", plan.kernels)
             plan.kernels = {n: replace(k, fn=partial(watch.kernel, plan, n, k.fn)) for n, k in plan.kernels.items()}
+            for name in ("pair", "pair_x"):  # each of the two operands is looked at by itself
+                stack.callback(setattr, plan, name, getattr(plan, name))
+                setattr(plan, name, None)
         yield watch.found
 
 
@@ -190,7 +193,7 @@ class _Watch:
         self.handles.append(module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True))
         self.handles.append(module.register_forward_hook(partial(self._leave, path), prepend=True))
 
-    def kernel(self, plan: LinearPlan, name: str, fn: Callable[..., Any], *args: Any) -> Any:
+    def kernel(self, plan: LinearPlan, name: str, fn: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Run the kernel of a slot or GEMM: its operand before, its result afterwards."""
         direction: Direction = "forward" if name.startswith(GEMMS[0]) else "backward"
         time = (plan.clock.step, plan.clock.micro_batch)
@@ -198,12 +201,14 @@ class _Watch:
         self.classes.setdefault(plan.path, "linear")
         if name in OPERANDS and isinstance(args[0], Tensor):
             self._check(direction, plan.path, OPERANDS[name], args[0], time, slot=slot)
-        result = fn(*args)
-        if name in OPERANDS and isinstance(result, BlockScaledTensor):
-            self._check(direction, plan.path, OPERANDS[name], result.global_scale, time, "tensor scale", slot)
+        total: Tensor | None = named.pop("into", None)  # dW is looked at alone, not with what it is added to
+        result = fn(*args, **named)
+        if name in OPERANDS and isinstance(result, BlockScaledTensor | Carrier):
+            scale = result.scale if isinstance(result, Carrier) else result.global_scale
+            self._check(direction, plan.path, OPERANDS[name], scale, time, "tensor scale", slot)
         elif name in RESULTS and isinstance(result, Tensor):
             self._check(direction, plan.path, RESULTS[name], result, time, slot=slot)
-        return result
+        return total.add_(result) if total is not None and isinstance(result, Tensor) else result
 
     def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         for tensor in _tensors((args, kwargs)):

@@ -28,7 +28,7 @@ from fp4dist.numerics.codes import decode_scale
 from fp4dist.numerics.grouping import spread
 from fp4dist.numerics.quantize import dequantize
 from fp4dist.numerics.rotation import rotate, unrotate
-from fp4dist.numerics.tensor import PartedTensor, Quantized
+from fp4dist.numerics.tensor import BlockScaledTensor, PartedTensor, Quantized
 from fp4dist.spec.blocks import Ema
 from fp4dist.spec.operand import QuantSpec
 from fp4dist.spec.training import Cage, OsciReset, QRamping
@@ -107,7 +107,7 @@ class Held:
         plan = self.target.module.plan
         assert plan is not None
         found = plan.aside(False).quantize_weight(self.matrix(), self.target.module.comm, training=True)
-        assert not isinstance(found, Tensor)
+        assert isinstance(found, BlockScaledTensor | PartedTensor)  # a plan aside multiplies codes
         return found
 
     def quantized(self) -> Tensor:

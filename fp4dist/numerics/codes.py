@@ -32,10 +32,10 @@ def encode_nearest(u: Tensor, element: ElementFormat, ties: str = "even") -> Ten
     if element.mantissa is not None:
         index = _float_code(magnitude, element.mantissa, element.levels[1], element.max)
     elif ties == "up":
-        away, to_zero = (_interval(magnitude, _nearest_boundaries(element, t), True) for t in ("away", "to_zero"))
+        away, to_zero = (_interval(magnitude, nearest_boundaries(element, t), True) for t in ("away", "to_zero"))
         index = torch.where(u < 0, to_zero, away)
     else:
-        index = _interval(magnitude, _nearest_boundaries(element, ties), closed_right=True)
+        index = _interval(magnitude, nearest_boundaries(element, ties), closed_right=True)
     return _with_sign(index, u, element)
 
 
@@ -47,7 +47,7 @@ def encode_stochastic(u: Tensor, element: ElementFormat, noise: Tensor) -> Tenso
     """
     magnitude = u.abs()
     below = _interval(magnitude, element.levels[1:], closed_right=False)
-    level, inverse_gap = _look_up_pairs(_levels_and_gaps(element, u.device), below).unbind(-1)
+    level, inverse_gap = _look_up_pairs(levels_and_gaps(element, u.device), below).unbind(-1)
     distance = (magnitude - level) * inverse_gap
     threshold = noise.to(torch.float32) * 2.0**-16 + 2.0**-17
     return _with_sign(below + (distance > threshold), u, element)
@@ -61,8 +61,8 @@ def encode_toward(u: Tensor, toward: Tensor, element: ElementFormat) -> Tensor:
     """
     magnitude = u.abs()
     below = _interval(magnitude, element.levels[1:], closed_right=False).to(torch.int32)
-    level, inverse_gap = _levels_and_gaps(element, u.device)[below].unbind(-1)
-    middle = _middles(element, u.device)[below]
+    level, inverse_gap = levels_and_gaps(element, u.device)[below].unbind(-1)
+    middle = middles(element, u.device)[below]
     same_way = torch.where(torch.signbit(u), -toward, toward)
     up = (same_way > middle) | ((same_way == middle) & (below % 2 == 1))
     return _with_sign(below + (up & (magnitude > level) & (inverse_gap > 0)), u, element)
@@ -220,7 +220,7 @@ def _with_sign(index: Tensor, u: Tensor, element: ElementFormat) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _nearest_boundaries(element: ElementFormat, ties: str) -> tuple[float, ...]:
+def nearest_boundaries(element: ElementFormat, ties: str) -> tuple[float, ...]:
     """Index = number of boundaries strictly below |u|: midpoints, moved one ulp down where a tie must go up."""
     levels = np.array(element.levels, dtype=np.float32)
     mids = (levels[:-1] + levels[1:]) / np.float32(2)
@@ -231,7 +231,7 @@ def _nearest_boundaries(element: ElementFormat, ties: str) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=64)
-def _levels_and_gaps(element: ElementFormat, device: torch.device) -> Tensor:
+def levels_and_gaps(element: ElementFormat, device: torch.device) -> Tensor:
     """[levels, 2]: each level and 1 / (its distance to the next)."""
     levels = torch.tensor(element.levels, dtype=torch.float32)
     inverse = torch.cat((1.0 / (levels[1:] - levels[:-1]), torch.zeros(1)))  # at the top level nothing is above
@@ -239,7 +239,7 @@ def _levels_and_gaps(element: ElementFormat, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _middles(element: ElementFormat, device: torch.device) -> Tensor:
+def middles(element: ElementFormat, device: torch.device) -> Tensor:
     """[levels]: halfway from each level to the next; the last has none."""
     levels = torch.tensor(element.levels, dtype=torch.float32)
     return torch.cat(((levels[:-1] + levels[1:]) * 0.5, levels[-1:])).to(device)

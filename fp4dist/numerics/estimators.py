@@ -20,9 +20,9 @@ from fp4dist.numerics import codes as c
 from fp4dist.numerics import scales
 from fp4dist.numerics.grouping import spread
 from fp4dist.numerics.quantize import dequantize
-from fp4dist.numerics.rotation import rotate
+from fp4dist.numerics.rotation import filtered, rotate
 from fp4dist.numerics.tensor import BlockScaledTensor, Key
-from fp4dist.spec.blocks import Ceil, Floor
+from fp4dist.spec.blocks import Ceil, Floor, Hadamard
 from fp4dist.spec.estimators import Dge
 from fp4dist.spec.formats import ElementFormat
 from fp4dist.spec.operand import QuantSpec
@@ -46,6 +46,28 @@ def scaled(x_RC: Tensor, stored: Tensor, global_scale: Tensor, spec: QuantSpec, 
     else:
         multiplier = scales.divide(1.0, decoded * spread(global_scale, decoded.shape))
     return x * spread(multiplier.clamp(max=scales.FLT_MAX), x.shape)
+
+
+def mask(x_RC: Tensor, stored: Tensor, global_scale: Tensor, spec: QuantSpec, key: Key | None) -> Tensor:
+    """[R, ceil(C / 8)] packed bits: where the quantizer of `x` did not clip. Arguments as for `scaled`."""
+    return pack_bits(inside(scaled(x_RC, stored, global_scale, spec, key), spec.format.element))
+
+
+def filter_by_mask(gradient_RC: Tensor, kept: Tensor, rotation: Hadamard | None, key: Key | None) -> Tensor:
+    """[R, C] H^-1 (M * (H g)) in g's dtype, bf16 or fp32, rounded once from fp32.
+
+    kept   [R, ceil(C / 8)] packed bits M;  rotation, key   of the quantizer
+    """
+    factor = unpack_bits(kept, gradient_RC.shape[1]).to(torch.float32)
+    return filtered(gradient_RC, factor, rotation, key).to(gradient_RC.dtype)
+
+
+def filter_by_scales(
+    gradient_RC: Tensor, x_RC: Tensor, stored: Tensor, global_scale: Tensor, spec: QuantSpec, key: Key | None
+) -> Tensor:
+    """`filter_by_mask` with the mask of `x_RC`, which is made again from the scales of its codes (`scaled`)."""
+    factor = inside(scaled(x_RC, stored, global_scale, spec, key), spec.format.element).to(torch.float32)
+    return filtered(gradient_RC, factor, spec.rotation, key).to(gradient_RC.dtype)
 
 
 def rows(q: BlockScaledTensor, first: int, last: int) -> BlockScaledTensor:

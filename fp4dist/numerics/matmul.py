@@ -11,30 +11,50 @@ from fp4dist.numerics.codes import decode_stored
 from fp4dist.numerics.grouping import spread
 from fp4dist.numerics.quantize import carrier
 from fp4dist.numerics.scales import divide, fp32
-from fp4dist.numerics.tensor import BlockScaledTensor, PartedTensor, Quantized
+from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, PartedTensor, Quantized
 
-Operand = Quantized | Tensor
+Single = BlockScaledTensor | Carrier | Tensor  # an operand without parts
+Operand = Quantized | Carrier | Tensor
 
 
-def matmul(a_MK: Operand, b_NK: Operand) -> Tensor:
-    """A B^T in fp32: [M, K] x [N, K] -> [M, N].
+def matmul(a_MK: Operand, b_NK: Operand, *, out: torch.dtype = torch.float32, into: Tensor | None = None) -> Tensor:
+    """A B^T: [M, K] x [N, K] -> [M, N], summed in fp32, rounded to `out` (fp32 or bf16) once, after all scales.
 
-    Operands are block-scaled or plain (bf16, fp32) tensors. A quantized operand enters as code * block scale, which
-    bf16 holds exactly for one-byte scales; the scales of the tensor and of whole rows and the rotation's 1/n multiply
-    the fp32 sum. Scales of tiles, and fp32 scales of blocks, cannot leave the sum: they multiply the operand in fp32.
+    into   [M, N] fp32: the product is added to it in fp32 and it is returned
+
+    Operands are block-scaled tensors, carriers, or plain (bf16, fp32) tensors. A quantized operand enters as code *
+    block scale, which bf16 holds exactly for one-byte scales; the scales of the tensor and of whole rows and the
+    rotation's 1/n multiply the fp32 sum. Scales of tiles, and fp32 scales of blocks, cannot leave the sum: they
+    multiply the operand in fp32.
     An operand of several samples gives the mean of their products. Two quantized operands must share a rotation.
 
     An operand in parts is a sum, and what stands beside its codes is multiplied in fp32:
     (A + a)(B + b)^T = A B^T + a (B + b)^T + A b^T. Where B has a `partner`, a meets that in place of B + b.
     """
-    rotation = _common_rotation(a_MK, b_NK)
-    if a_MK.shape[1] != b_NK.shape[1]:
-        raise ValueError(f"contracted dimensions differ: {list(a_MK.shape)} and {list(b_NK.shape)}")
+    rotation = check_product(a_MK, b_NK, out, into)
     pairs = [(a, b) for a in _samples(a_MK) for b in _samples(b_NK)]
     total = _product(*pairs[0], rotation)
     for a, b in pairs[1:]:
         total = total + _product(a, b, rotation)
-    return total if len(pairs) == 1 else divide(total, float(len(pairs)))
+    total = total if len(pairs) == 1 else divide(total, float(len(pairs)))
+    return total.to(out) if into is None else into.add_(total)
+
+
+def check_product(a_MK: Operand, b_NK: Operand, out: torch.dtype, into: Tensor | None) -> int:
+    """The rotation that both operands share; ValueError where they do not fit each other or the result."""
+    rotation = _common_rotation(a_MK, b_NK)
+    if a_MK.shape[1] != b_NK.shape[1]:
+        raise ValueError(f"contracted dimensions differ: {list(a_MK.shape)} and {list(b_NK.shape)}")
+    if out not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"out = {out} must be torch.float32 or torch.bfloat16")
+    if into is None:
+        return rotation
+    shape = [a_MK.shape[0], b_NK.shape[0]]
+    if out != torch.float32:
+        raise ValueError(f"out = {out} has no meaning with `into`, which is fp32; leave it out")
+    if into.dtype != torch.float32 or list(into.shape) != shape:
+        raise ValueError(f"into is {into.dtype} {list(into.shape)}; it must be torch.float32 {shape}, as the product")
+    return rotation
 
 
 def _product(a: Operand, b: Operand, rotation: int) -> Tensor:
@@ -54,7 +74,7 @@ def _product(a: Operand, b: Operand, rotation: int) -> Tensor:
 class _Parts(NamedTuple):
     """An operand's parts, unnormalized in its rotated basis."""
 
-    main: BlockScaledTensor | Tensor
+    main: Single
     side: Tensor | None
     partner: Tensor | None
 
@@ -72,12 +92,17 @@ class _Parts(NamedTuple):
         return values if self.side is None or left.partner is not None else values + self.side
 
 
-def _values(main: BlockScaledTensor | Tensor) -> Tensor:
+def _values(main: Single) -> Tensor:
     """[R, K] fp32, not divided by the rotation's sqrt(n)."""
-    return main.to(torch.float32) if isinstance(main, Tensor) else carrier(main) * spread(main.global_scale, main.shape)
+    if isinstance(main, Tensor):
+        return main.to(torch.float32)
+    if isinstance(main, Carrier):
+        scaled = main.values.to(torch.float32) * main.scale
+        return scaled if main.rows is None else scaled * spread(main.rows, main.shape)
+    return carrier(main) * spread(main.global_scale, main.shape)
 
 
-def _codes_product(a: BlockScaledTensor | Tensor, b: BlockScaledTensor | Tensor, rotation: int) -> Tensor:
+def _codes_product(a: Single, b: Single, rotation: int) -> Tensor:
     """[M, N], factors of rows last."""
     left, right = _factors(a), _factors(b)
     total = _gemm(left.inner, right.inner) * (left.scale * right.scale / rotation)
@@ -101,9 +126,14 @@ class Factors(NamedTuple):
     scale: Tensor
 
 
-def _factors(operand: BlockScaledTensor | Tensor) -> Factors:
+def _factors(operand: Single) -> Factors:
     if isinstance(operand, Tensor):
         return Factors(operand, None, torch.ones((), device=operand.device))
+    if isinstance(operand, Carrier):
+        if operand.rows is not None and operand.rows.shape[1] > 1:
+            inner = operand.values.to(torch.float32) * spread(operand.rows, operand.shape)
+            return Factors(inner, None, operand.scale)
+        return Factors(_narrowed(operand.values), operand.rows, operand.scale)
     q, outer = operand, operand.global_scale
     if not q.format.scale.bf16_exact:
         if q.scales.dtype == torch.float32 and q.scales.shape[1] == 1:  # of whole rows, or of the tensor
@@ -134,7 +164,9 @@ def _narrowed(values: Tensor) -> Tensor:
 
 
 def _samples(operand: Operand) -> list[Operand]:
-    return [operand] if isinstance(operand, Tensor) else [operand.sample(i) for i in range(operand.samples)]
+    if isinstance(operand, (Tensor, Carrier)):
+        return [operand]
+    return [operand.sample(i) for i in range(operand.samples)]
 
 
 def _common_rotation(a: Operand, b: Operand) -> int:

@@ -28,7 +28,7 @@ from fp4dist.spec.blocks import Ceil, Stochastic
 from fp4dist.spec.estimators import Straight
 from fp4dist.spec.formats import FP8_E4M3_TENSOR, MXFP8
 from fp4dist.spec.operand import QuantSpec
-from fp4dist.spec.splits import Channels, LowRank, Mean, Occ, Precision, TopK
+from fp4dist.spec.splits import Channels, HotResidual, LowRank, Mean, Occ, Precision, TopK
 from fp4dist.spec.statistics import Current
 
 # How FP8 holds a part: to nearest, scales that never clip.
@@ -60,7 +60,7 @@ class Place:
 
 
 class Parts(NamedTuple):
-    """rest [R, C] fp32, to be quantized, and what stands beside it; None: nothing."""
+    """rest [R, C] fp32 (or in x's dtype, where it is x), to be quantized, and what stands beside it; None: nothing."""
 
     rest: Tensor
     side: Tensor | None
@@ -76,6 +76,9 @@ def decompose(x_RC: Tensor, spec: QuantSpec, place: Place) -> Parts:
     not finite stays in one of them, so that the product shows it. The residual of HotResidual exists only after
     quantization: see `hot_residual`.
     """
+    channels = isinstance(spec.outlier, Channels) and place.chosen is None
+    if spec.split is None and (channels or isinstance(spec.outlier, HotResidual)):  # nothing yet: x need not be copied
+        return Parts(x_RC, None)
     parts = Parts(x_RC.to(torch.float32), None)
     if spec.split is not None:
         parts = _on_tokens(parts.rest, place, lambda x, real: _without_split(x, spec, real))
@@ -329,7 +332,11 @@ def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _in_basis(part: Tensor | None, spec: QuantSpec, key: Key | None) -> Tensor | None:
-    """[R, C] original basis -> that of the codes, unnormalized."""
+    """[R, C] original basis -> that of the codes, unnormalized. What is one row, or one column, stays so in memory."""
     if part is None:
         return None
-    return rotate(part.contiguous(), spec.rotation, key) if spec.rotation is not None else part.contiguous()
+    if spec.rotation is None:
+        return part if 0 in part.stride() else part.contiguous()
+    if part.stride(0) == 0:
+        return rotate(part[:1].contiguous(), spec.rotation, key).expand(part.shape)
+    return rotate(part.contiguous(), spec.rotation, key)

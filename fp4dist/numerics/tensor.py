@@ -183,7 +183,7 @@ class Carrier:
               unnormalized as in codes
     scale     [] fp32, on the device: the factor that all values share (global scale / 2^shift)
     rotation  size n of the Hadamard groups along C
-    rows      [R, 1] fp32 further factor of each row; None: 1
+    rows      [R, n] fp32 further factor of each of n equal parts of a row ([R, 1]: of the row); None: 1
     lost      [] int32, on the device: elements that `values` could not hold exactly; None where its type holds them all
 
     Invariant, where nothing is lost: value = values * scale * rows / sqrt(rotation), in the rotated basis.

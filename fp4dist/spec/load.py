@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -22,6 +22,7 @@ from fp4dist.spec.build import build, plain
 from fp4dist.spec.recipe import Recipe
 from fp4dist.spec.run import ModelConfig, RunConfig
 
+Spec = TypeVar("Spec")
 _SECTIONS = {"recipe": "recipes", "model": "models"}  # keys of a run file that may be a bare name -> shipped folder
 # Keys that do not change what is computed: two runs that differ only here are the same run.
 _NOT_IDENTITY = ("logging", "checkpoint", "backend")
@@ -57,6 +58,12 @@ def load_model(name_or_path: str | Path) -> ModelConfig:
     """Read a model by shipped name or by path."""
     file = _find(str(name_or_path), "models", None)
     return _build_file(ModelConfig, _read(file, "models"), file)
+
+
+def load_spec(tp: type[Spec], kind: str, name_or_path: str | Path) -> Spec:
+    """Read a file of the folder `kind` (topology, calibration ...), by shipped name or by path, as an object of `tp`."""
+    file = _find(str(name_or_path), kind, None)
+    return _build_file(tp, _read(file, kind), file)
 
 
 def shipped(kind: str) -> list[str]:
@@ -104,12 +111,14 @@ _CAME_LATER = {
     "samples": 1,
     "ties": "even",
     "moe": None,
+    "beyond": None,
     "vpp": 1,
     "ep": 1,
     "overlap": True,
     "fp4_param_gather": False,
     "deepspeed": {},
     "deterministic": False,
+    "fusions": "auto",
     "recompute": "none",
     "recompute_modules": ["mlp"],
     "amax": {"kind": "current"},
@@ -127,6 +136,8 @@ _CAME_LATER = {
     "optimizer_state": None,
     "kind": "adamw",
     "momentum": 0.9,
+    "order": "tp-cp-ep-dp-pp",
+    "ends_as_layers": False,
 }
 
 

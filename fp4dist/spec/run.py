@@ -11,9 +11,11 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any, Literal
 
+from fp4dist.spec.cluster import Order
 from fp4dist.spec.frozen import frozen
 from fp4dist.spec.phases import GradNoise
 from fp4dist.spec.recipe import Recipe
+from fp4dist.spec.shape import Beyond
 from fp4dist.spec.training import QRamping
 
 
@@ -74,6 +76,7 @@ class ModelConfig:
     init_std: float = 0.02
     qk_norm: bool = False
     moe: MoeConfig | None = None
+    beyond: Beyond | None = None  # known to the planner alone: a run refuses it
 
     def __post_init__(self) -> None:
         if self.moe is not None and self.moe.first_dense_layers >= self.num_layers:
@@ -207,6 +210,8 @@ class ParallelConfig:
     cp: int = 1
     ep: int = 1
     sequence_parallel: bool = False
+    ends_as_layers: bool = False  # embedding and head count as layers: the first and the last chunk have one less
+    order: Order = "tp-cp-ep-dp-pp"  # how ranks are numbered, the fastest axis first; ...-pp-dp keeps a copy together
 
     def __post_init__(self) -> None:
         for key in ("tp", "pp", "vpp", "cp", "ep"):
@@ -216,6 +221,8 @@ class ParallelConfig:
             raise ValueError("sequence_parallel needs tp > 1: it splits what tensor parallelism replicates")
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp = {self.vpp} needs pp > 1: it interleaves the chunks of pipeline stages")
+        if self.ends_as_layers and self.pp == 1:
+            raise ValueError("ends_as_layers needs pp > 1: it evens out pipeline stages")
 
 
 @frozen
@@ -246,6 +253,7 @@ class TrainConfig:
     micro_batch_size: int  # samples a rank and forward pass
     dtype: Literal["auto", "bf16", "fp32"] = "bf16"  # of what is not FP4; auto: bf16 on a GPU, fp32 on a CPU
     deterministic: bool = False  # the same bits in every run of a layout: no kernel with atomic sums, no autotuning
+    fusions: Literal["auto", "none"] = "auto"  # norm, RoPE, SwiGLU, loss by torch.compile; auto: on GPUs, if it works
     recompute: Literal["none", "selective", "full"] = "none"  # of activations in backward; full: every layer
     recompute_modules: tuple[str, ...] = ("mlp",)  # selective: Megatron's names (core_attn, mlp, moe, layernorm ...)
     eval_every: int = 100  # steps; 0: only at the first and last step
@@ -303,6 +311,7 @@ class BackendConfig:
 
     kind: Literal["auto", "reference", "triton", "cuda"] = "auto"
     allow_reference: bool = False  # let the slow reference run on a GPU
+    strict_exact: bool = False  # skip a step in which FP8 carriers lost elements, not only leave FP8 after it
 
 
 @frozen
@@ -322,6 +331,7 @@ class RunConfig:
     backend: BackendConfig = BackendConfig()
 
     def __post_init__(self) -> None:
+        _check_buildable(self.model)
         _check_tensor_parallel(self.model, self.parallel)
         _check_chunks(self.model, self.parallel)
         if self.optim.warmup_steps >= self.train.steps:
@@ -341,6 +351,15 @@ class RunConfig:
     def run_dir(self) -> str:
         """The run folder."""
         return self.run.dir or f"runs/{self.run.name}"
+
+
+def _check_buildable(model: ModelConfig) -> None:
+    """The planner knows more models than the blocks here can build."""
+    if model.beyond is not None:
+        raise ValueError(
+            f"model.beyond: {model.name} has blocks beyond a Llama-style decoder (MLA, Mamba, latent experts ...) that"
+            " only `python -m fp4dist.cluster` knows; plan with it, and train a model without `beyond`"
+        )
 
 
 def _check_optimizer(optim: OptimConfig, engine: EngineConfig, parallel: ParallelConfig, recipe: Recipe) -> None:
@@ -420,9 +439,15 @@ def _check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None
 
 def _check_chunks(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Pipeline chunks, context-parallel pieces and experts must come out even."""
-    if model.num_layers % (parallel.pp * parallel.vpp):
+    counted = model.num_layers + 2 * parallel.ends_as_layers
+    if counted % (parallel.pp * parallel.vpp):
         chunks = f"parallel.pp = {parallel.pp}" + (f" * vpp = {parallel.vpp}" if parallel.vpp > 1 else "")
-        raise ValueError(f"model.num_layers = {model.num_layers} is not divisible by {chunks}")
+        ends = " + 2 (parallel.ends_as_layers)" if parallel.ends_as_layers else ""
+        raise ValueError(f"model.num_layers = {model.num_layers}{ends} is not divisible by {chunks}")
+    if parallel.ends_as_layers and counted == parallel.pp * parallel.vpp:
+        raise ValueError(
+            f"parallel.ends_as_layers leaves no layer to the first of {counted} chunks; lower parallel.vpp or pp"
+        )
     if parallel.cp > 1 and model.seq_length % (2 * parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)):
         raise ValueError(
             f"model.seq_length = {model.seq_length} is not divisible by 2 * parallel.cp = {2 * parallel.cp}"

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -338,7 +339,16 @@ def train_iterator(
         collate_fn=_collate,
         generator=torch.Generator(),  # DataLoader draws a seed: not from the run's own random numbers
     )
-    return (own_pieces(batch, cp_rank, cp_size) for batch in loader)
+    return _read_ahead(own_pieces(batch, cp_rank, cp_size) for batch in loader)
+
+
+def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each read by a thread while the one before it is in use: a device need not wait for them."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
+        coming = reader.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, batches, None)
+            yield batch
 
 
 @dataclass(frozen=True)

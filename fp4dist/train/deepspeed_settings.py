@@ -99,6 +99,7 @@ def _own_settings(config: RunConfig, world: World, model: nn.Module, dtype: torc
         "gradient_accumulation_steps": 1 if whole_step else micro_batches,
         "gradient_clipping": 0.0 if clips_itself(config) else config.optim.clip_grad,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device before each micro-batch
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offload runs our AdamW too
         "zero_optimization": {

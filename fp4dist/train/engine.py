@@ -27,9 +27,11 @@ class StepResult:
 
     loss        mean over the tokens of the global batch
     grad_norm   global L2 norm before clipping
-    skipped     loss or gradient was not finite: weights, moments and master weights are as before
+    skipped     loss or gradient was not finite, or `inexact`: weights, moments and master weights are as before
     tokens      tokens of the global batch that counted in the loss
     lr          learning rate of this step
+    lost        elements that FP8 carriers could not hold (`AppliedRecipe.lost`)
+    inexact     skipped for those alone (backend.strict_exact)
     """
 
     loss: float
@@ -37,6 +39,8 @@ class StepResult:
     skipped: bool
     tokens: int
     lr: float
+    lost: int = 0
+    inexact: bool = False
 
 
 class Engine(Protocol):
@@ -93,8 +97,33 @@ def sequence_parts() -> dist.ProcessGroup | None:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch's tensors on `device`."""
-    return Batch(*(getattr(batch, f.name).to(device, non_blocking=True) for f in fields(Batch)))
+    """The batch's tensors on `device`, for the kernels that are launched after this call.
+
+    A copy from pageable memory would wait until the device has done all that was launched before; one from pinned
+    memory takes its turn among the kernels.
+    """
+    tensors = [getattr(batch, f.name) for f in fields(Batch)]
+    if device.type == "cuda":
+        tensors = [t.pin_memory() for t in tensors]
+    return Batch(*(t.to(device, non_blocking=True) for t in tensors))
+
+
+class OnItsWay:
+    """A number on the device that the host will want: `value` waits for it, and not for what is launched after it."""
+
+    def __init__(self, number: Tensor | float) -> None:
+        self._host, self._copied = number, None
+        if isinstance(number, Tensor) and number.is_cuda:
+            self._host = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+            self._host.copy_(number, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def value(self) -> float:
+        """The number."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._host)
 
 
 def masked_mean(loss_BS: Tensor, mask_BS: Tensor, parts: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:

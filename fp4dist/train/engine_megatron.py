@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from fp4dist.errors import CheckpointError, ConfigError
 from fp4dist.megatron.chunks import layer_offset
+from fp4dist.megatron.multi_tensor import use_foreach
 from fp4dist.megatron.param_gather import Fp4ParamGather
 from fp4dist.megatron.upstream import GPTModel, parallel_state
 from fp4dist.nn.apply import AppliedRecipe
@@ -68,6 +69,7 @@ class MegatronEngine:
         if overlap and at_once:
             log.info("engine.overlap: not of the gather, recipe %s looks at new weights at once", config.recipe.name)
         self._chunks = _wrap(chunks, world, overlap_reduce=overlap, overlap_gather=self._overlap, sharded=self._sharded)
+        use_foreach()
         self._optimizer = _make_optimizer(self._chunks, config, dtype, overlap=self._overlap)
         self._control: OptimizerControl | None = None
         if config.recipe.steers_optimizer:
@@ -89,18 +91,22 @@ class MegatronEngine:
         self._optimizer.zero_grad()
         lr = optim.place_schedule(self._learning_rate, step)
         sums = self._schedule.run(batches, 0, self._micro_batches, forward_only=False)
+        self._optimizer.prepare_grads()  # work of the host while the device is still in backward
+        norm = float(self._optimizer.get_grad_norm())  # the first to wait for the device
         loss, tokens = self._schedule.global_mean(sums)
-        self._optimizer.prepare_grads()
-        norm = float(self._optimizer.get_grad_norm())
         skipped = not finite(loss, norm)
         if self.config.parallel.tp > 1:
             found = [watch.found_bad() for watch in self._watches]
             skipped = self.world.any(any(found) or skipped)
-        if skipped:
+        lost = self.applied.lost()
+        inexact = lost > 0 and self.config.backend.strict_exact and not skipped
+        if skipped or inexact:
             self._optimizer.zero_grad()
         else:
             self._update(norm)
-        return StepResult(loss=loss, grad_norm=norm, skipped=skipped, tokens=tokens, lr=lr)
+        return StepResult(
+            loss=loss, grad_norm=norm, skipped=skipped or inexact, tokens=tokens, lr=lr, lost=lost, inexact=inexact
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> float:

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from fp4dist import env
 from fp4dist.errors import CheckpointError, ConfigError, TrainingDiverged
+from fp4dist.megatron import fusions
 from fp4dist.megatron.chunks import layer_offset
 from fp4dist.megatron.provider import build_chunks
 from fp4dist.megatron.sites import count_parameters, flops_per_token, gpt_sites
@@ -96,13 +97,14 @@ def dry_run(config: RunConfig) -> str:
     dp = check_sizes(config, env.world_size())
     model, size = config.model, _DTYPES[config.train.dtype].itemsize
     tp, cp = config.parallel.tp, config.parallel.cp
-    table = plan_table(gpt_sites(model), config.recipe, tokens=_tokens(config), tp=tp, cp=cp).table()
+    sp = config.parallel.sequence_parallel
+    table = plan_table(gpt_sites(model), config.recipe, tokens=_tokens(config), tp=tp, cp=cp, sequence_parallel=sp)
     needed = memory.estimate(config, dp, element=size)
     return "\n".join(
         [
             f"# resolved configuration, hash {config_hash(config)}",
             dump(config),
-            table,
+            table.table(),
             f"parameters: {count_parameters(model):,} ({model.name}); {needed.parameters:,} on the fullest of"
             f" {env.world_size()} ranks ({_layout(config, dp)})",
             f"training: {flops_per_token(model) / 1e9:.3f} GFLOP a token, {_step_tokens(config):,} tokens a step,"
@@ -181,7 +183,7 @@ class _Training:
         if start.manifest is not None:
             self._streak, self._skipped = start.manifest.nonfinite_streak, start.manifest.skipped_steps
         self.datasets = self._datasets()
-        self.engine, self.applied = _build(config, world)
+        self.engine, self.applied = build_engine(config, world)
         self._load(start)
         world.from_rank0(lambda: self._open_folder(start))
         with self._watching_for_sigterm():
@@ -247,6 +249,8 @@ class _Training:
         if manifest.recipe_hash == checkpoint.recipe_hash(recipe):
             if recipe.keeps_state:
                 applied.load_state_dict(checkpoint.read_controllers(folder, recipe.name))
+            elif (folder / checkpoint.CONTROLLERS).exists():  # of GEMMs that have left FP8 carriers
+                applied.load_exactness(checkpoint.read_controllers(folder, recipe.name))
             return
         if applied.optimizer is not None:
             applied.optimizer.after_load()
@@ -260,7 +264,8 @@ class _Training:
         """Rank 0: claim the folder, write what is known, open the sinks."""
         config, folder = self.config, self.folder
         folder.claim(config)
-        folder.layers.write_text(json.dumps(self.applied.to_json(), indent=1) + "\n", encoding="utf-8")
+        layers = {**self.applied.to_json(), "fusions": fusions.choose(config).describe()}
+        folder.layers.write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
         resume_at = start.step if start.manifest is not None else -1
         self.sinks = [ConsoleSink(config.logging.every, config.train.steps), JsonlSink(folder.metrics, resume_at)]
         if config.logging.tensorboard:
@@ -316,7 +321,7 @@ class _Training:
             result, seconds = self._step(step, batches, check=step == start + 1)
             loss = result.loss
             self._count_nonfinite(step, result)
-            if self._streak == 1:
+            if self._streak == 1 and not result.inexact:
                 self._explain_skip(step)
             evaluate = step == steps or (config.train.eval_every > 0 and step % config.train.eval_every == 0)
             self._emit(self._record(step, result, seconds, self._evaluate(step) if evaluate else None))
@@ -333,12 +338,7 @@ class _Training:
         assert self.engine is not None
         self._set_clock(step - 1)
         noise = self._follow_triggers(step - 1)
-        begin = time.perf_counter()
-        result = self.engine.train_step(step, batches)
-        self.applied.settle(result.lr)
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - begin
+        result, seconds = timed_step(self.engine, self.applied, step, batches)
         if check:
             self.applied.check_counts()
         self._noise = noise
@@ -394,8 +394,11 @@ class _Training:
         return ratio
 
     def _count_nonfinite(self, step: int, result: StepResult) -> None:
-        self._streak = self._streak + 1 if result.skipped else 0
         self._skipped += result.skipped
+        if result.inexact:
+            log.warning("step %d: %d elements did not fit FP8 carriers: skipped (strict_exact)", step, result.lost)
+            return
+        self._streak = self._streak + 1 if result.skipped else 0
         if result.skipped:
             log.warning(
                 "step %d: loss %g, gradient norm %g: skipped (%d in a row, at most %d)",
@@ -446,6 +449,8 @@ class _Training:
             val_loss=val_loss,
             seconds=seconds,
             skipped=result.skipped,
+            lost=result.lost or None,
+            inexact=result.inexact,
             grad_noise=self._noise,
             phase="; ".join(f"{s.phase}: {s.reason}" for s in started) or None,
         )
@@ -463,7 +468,7 @@ class _Training:
         )
         state = world.from_rank0(lambda: self.store.begin(step))
         self.engine.save(state)
-        if config.recipe.keeps_state:
+        if config.recipe.keeps_state or (self.applied.exactness is not None and self.applied.exactness.fallen):
             kept = self.applied.state_dict()  # on every rank, and the same there
             world.from_rank0(lambda: checkpoint.write_controllers(state, kept))
         world.barrier()
@@ -500,8 +505,8 @@ def _tell(messages: Sequence[str]) -> None:
         log.info("%s", message)
 
 
-def _build(config: RunConfig, world: World) -> tuple[Engine, AppliedRecipe]:
-    """The model under its recipe in its engine."""
+def build_engine(config: RunConfig, world: World) -> tuple[Engine, AppliedRecipe]:
+    """The model of a resolved configuration under its recipe, in its engine, ready for its first step."""
     dtype = _DTYPES[config.train.dtype]
     chunks = build_chunks(config, dtype)
     whole = config.parallel.pp == 1 and config.parallel.ep == 1
@@ -514,7 +519,8 @@ def _build(config: RunConfig, world: World) -> tuple[Engine, AppliedRecipe]:
         layer_offset=[layer_offset(chunk) for chunk in chunks],
         tokens=_tokens(config),
     )
-    applied.clock.cache_weights = True  # weights change only between steps
+    # Weights change only between steps. ZeRO 3 has them whole while a layer runs, and their codes must not stay longer.
+    applied.clock.cache_weights = config.engine.kind == "megatron" or config.engine.zero_stage < 3
     if applied.controllers is not None:
         applied.controllers.replicas = world.dp_size * world.cp_size
     if config.engine.kind == "megatron":
@@ -526,6 +532,21 @@ def _build(config: RunConfig, world: World) -> tuple[Engine, AppliedRecipe]:
     from fp4dist.train.engine_deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(config, world, chunks, applied, dtype), applied
+
+
+def timed_step(
+    engine: Engine, applied: AppliedRecipe, step: int, batches: Iterator[data.Batch]
+) -> tuple[StepResult, float]:
+    """Optimizer step `step` (from 1) on this rank's next micro-batches, and its seconds on the host.
+
+    Every step waits for its own gradients, so these seconds are the device's too; but the kernels of the update may
+    still run when it returns, under the reading of the next batch, and count in the next step's time.
+    The noise clock must show the updates before the step (`applied.set_step(step - 1, ...)`).
+    """
+    begin = time.perf_counter()
+    result = engine.train_step(step, batches)
+    applied.settle(result.lr)
+    return result, time.perf_counter() - begin
 
 
 def explain(found: Sequence[Triage], step: int) -> str:
@@ -568,7 +589,10 @@ def _closing_words(s: RunSummary, applied: AppliedRecipe) -> list[str]:
             f" calls, the layer table says {planned:.1%}"
         )
     if s.skipped_steps:
-        lines.append(f"{s.skipped_steps} steps were skipped because loss or gradient was not finite")
+        exact = ", or FP8 carriers lost elements" if applied.backend.strict_exact else ""
+        lines.append(f"{s.skipped_steps} steps were skipped because loss or gradient was not finite{exact}")
+    if applied.exactness is not None and applied.exactness.fallen:
+        lines.append(f"{len(applied.exactness.fallen)} GEMMs lost elements in FP8 carriers and take bf16 ones since")
     if s.checkpoint is not None:
         lines.append(f"newest checkpoint {s.checkpoint}")
     return lines

@@ -2,7 +2,7 @@
 
 metrics.jsonl is always there: one JSON object a line with step, loss, lr, grad_norm, tokens_per_s, and val_loss where
 the model was evaluated. A number that is not finite is null, a skipped step says `"skipped": true`, and the first step
-of a phase says `"phase": "NAME: why it started"`.
+of a phase says `"phase": "NAME: why it started"`. `lost` counts what FP8 carriers could not hold in the step.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Record:
     seconds: float | None = None
     skipped: bool = False
     grad_noise: float | None = None  # gradient over its quantization noise, measured before the step
+    lost: int | None = None  # elements that FP8 carriers could not hold; only where there are any
+    inexact: bool = False  # skipped for those alone
     phase: str | None = None  # the phases that started with this step, each with its reason
 
     def to_json(self) -> dict[str, Any]:
@@ -182,7 +184,8 @@ class ConsoleSink:
         if r.val_loss is not None:
             parts.append(f"validation loss {r.val_loss:.4f}")
         if r.skipped:
-            parts.append("SKIPPED: loss or gradient is not finite")
+            why = f"{r.lost} elements did not fit FP8 carriers" if r.inexact else "loss or gradient is not finite"
+            parts.append(f"SKIPPED: {why}")
         return " | ".join(parts)
 
 

@@ -37,11 +37,14 @@ class HoldMixin:
     """An optimizer whose `step` does nothing while `held`: how a step is skipped inside another engine's step."""
 
     held: bool = False
+    entered: Callable[[], None] | None = None  # at the beginning of every step, held or not
     before_update: Callable[[], None] | None = None  # around an update that is not held
     after_update: Callable[[], None] | None = None
 
     def step(self, closure: Any = None) -> Any:
         """Update the parameters, unless held."""
+        if self.entered is not None:
+            self.entered()
         if self.held:
             materialize_state(self)  # type: ignore[arg-type]  # engines look the state up after the first step
             return None

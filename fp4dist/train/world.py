@@ -18,11 +18,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from fp4dist import env
-from fp4dist.errors import ConfigError, Fp4DistError
+from fp4dist.errors import ConfigError, EnvironmentMismatch, Fp4DistError
 from fp4dist.megatron.cpu import install_cpu_shims
 from fp4dist.megatron.upstream import forget_aux_losses, model_parallel_cuda_manual_seed, parallel_state
+from fp4dist.spec.load import config_hash
 from fp4dist.spec.run import RunConfig
 
 T = TypeVar("T")
@@ -120,14 +122,47 @@ def open_world(config: RunConfig) -> Iterator[World]:
     mine = not dist.is_initialized()
     if mine:
         env.ensure_launch_variables()
+        env.check_signature()
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
+        if mine:
+            check_environments(config)
         _set_threads(device)
         yield _megatron_groups(config, device, dp)
     except Fp4DistError:
         _close(mine)
         raise
     _close(mine)
+
+
+def check_environments(config: RunConfig | None = None) -> None:
+    """Raise EnvironmentMismatch on every rank when what they must share is not the same on all of them.
+
+    That is managed variables (env.MANAGED), versions, and `config` as far as it decides what is computed. A variable of
+    NCCL that one rank lacks hangs or slows the whole job, and nothing else tells.
+    """
+    mine = env.managed() | _versions() | ({"hash of the configuration": config_hash(config)} if config else {})
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, env.digest(mine))
+    if len(set(digests)) == 1:
+        return
+    everyone: list[dict[str, str]] = [{}] * len(digests)
+    dist.all_gather_object(everyone, mine)
+    odd = next(r for r, d in enumerate(digests) if d != digests[0])
+    names = sorted(n for n in everyone[0].keys() | everyone[odd].keys() if everyone[0].get(n) != everyone[odd].get(n))
+    told = ", ".join(f"{n} = {everyone[0].get(n, 'unset')} / {everyone[odd].get(n, 'unset')}" for n in names)
+    raise EnvironmentMismatch(
+        f"environment: rank 0 and rank {odd} differ: {told}; export the same values on every node (the launch files of"
+        " `python -m fp4dist.cluster launch` do)"
+    )
+
+
+def _versions() -> dict[str, str]:
+    """What computes and communicates."""
+    found = {"torch": str(torch.__version__), "CUDA": str(torch.version.cuda)}
+    if torch.cuda.is_available():
+        found["NCCL"] = ".".join(map(str, nccl.version()))
+    return found
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -175,6 +210,7 @@ def _megatron_groups(config: RunConfig, device: torch.device, dp: int) -> World:
         context_parallel_size=p.cp,
         expert_model_parallel_size=p.ep,
         expert_tensor_parallel_size=1,
+        order=p.order,
         create_gloo_process_groups=False,
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()

@@ -461,7 +461,7 @@ def test_layouts_and_checkpoints() -> None:
 
 
 def fake_megatron_lm(args: SimpleNamespace, build: Any) -> Any:
-    """The three names that install() asks megatron.training for; the rest of Megatron-LM needs a GPU to import."""
+    """The names that install() asks megatron.training for; the rest of Megatron-LM needs a GPU to import."""
     import megatron
 
     package, training = ModuleType("megatron.training"), ModuleType("megatron.training.training")
@@ -478,14 +478,18 @@ def fake_megatron_lm(args: SimpleNamespace, build: Any) -> Any:
     def train_loop(model: Sequence[nn.Module], seen: list[Any], applied: AppliedRecipe) -> None:
         for iteration in range(args.iteration, args.train_iters):
             args.curr_iteration = iteration
-            for _ in range(2):
-                loss_of(model[0], mask=attention_mask()).backward()
-                seen.append((applied.clock.step, applied.clock.micro_batch))
+            training.train_step(model, seen, applied)
             model[0].eval()
             with torch.no_grad():
                 loss_of(model[0])
             model[0].train()
 
+    def train_step(model: Sequence[nn.Module], seen: list[Any], applied: AppliedRecipe) -> None:
+        for _ in range(2):
+            loss_of(model[0], mask=attention_mask()).backward()
+            seen.append((applied.clock.step, applied.clock.micro_batch))
+
+    training.train_step = train_step  # type: ignore[attr-defined]
     package.get_model = training.get_model = get_model  # type: ignore[attr-defined]
     training.train = train_loop  # type: ignore[attr-defined]
     return training
@@ -538,7 +542,13 @@ def megatron_lm(folder: str) -> None:
                     lambda _, a, k: masks.append(a[3] if len(a) > 3 else k["attention_mask"]), with_kwargs=True
                 )
         seen: list[Any] = []
-        training.train(model, seen, applied)
+        settled: list[int] = []
+        settle = AppliedRecipe.settle
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AppliedRecipe, "settle", lambda a, lr=None: (settled.append(a.clock.step), settle(a, lr))[1])
+            training.train(model, seen, applied)
+        assert settled[::2] == [2, 3, 4], "at the end of each step, where all ranks are"
+        assert settled[1::2] == [2, 3], "and for whoever begins the next one without that"
         assert seen == [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
         assert applied.clock.seed == 5
         assert masks

@@ -153,12 +153,12 @@ def capture(layer: Any) -> dict[str, Any]:
     kernels = layer.plan.kernels
     for gemm in [g for g in GEMMS if g in kernels]:
 
-        def recording(*operands: Any, _gemm: str = gemm, _kernel: Any = kernels[gemm]) -> torch.Tensor:
+        def recording(*operands: Any, _gemm: str = gemm, _kernel: Any = kernels[gemm], **named: Any) -> torch.Tensor:
             for slot, q in zip([s for s in SLOTS if s.startswith(_gemm)], operands, strict=True):
                 q = q.main if isinstance(q, PartedTensor) else q
                 if isinstance(q, BlockScaledTensor):
                     captured[slot] = (codes_of(q), q.scales, q.global_scale)
-            return _kernel(*operands)
+            return _kernel(*operands, **named)
 
         kernels[gemm] = recording
     return captured
@@ -414,9 +414,10 @@ def accumulated(overlap: bool) -> dict[str, torch.Tensor]:
         kernels: Any = layer.plan.kernels  # type: ignore[union-attr]
         wgrad = kernels["wgrad"]
 
-        def recording(*operands: Any) -> torch.Tensor:
-            seen.append(wgrad(*operands).clone())
-            return seen[-1]
+        def recording(*operands: Any, into: torch.Tensor | None = None) -> torch.Tensor:
+            assert into is layer.weight.main_grad, "the GEMM adds to it by itself"
+            seen.append(wgrad(*operands))
+            return into.add_(seen[-1])
 
         kernels["wgrad"] = recording
         ddp = DistributedDataParallel(

@@ -48,10 +48,12 @@ def record(applied: AppliedRecipe) -> Codes:
         plan: Any = target.module.plan
         for gemm in [g for g in GEMMS if g in plan.kernels]:
 
-            def run(*operands: Any, _plan: Any = plan, _gemm: str = gemm, _kernel: Any = plan.kernels[gemm]) -> Tensor:
+            def run(
+                *operands: Any, _plan: Any = plan, _gemm: str = gemm, _kernel: Any = plan.kernels[gemm], **named: Any
+            ) -> Tensor:
                 codes = tuple(q.codes.clone() for q in operands if isinstance(q, BlockScaledTensor))
                 seen.setdefault((_plan.path, _gemm, _plan.clock.micro_batch), []).append(codes)
-                return _kernel(*operands)
+                return _kernel(*operands, **named)
 
             plan.kernels[gemm] = run
     return seen

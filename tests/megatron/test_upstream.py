@@ -52,6 +52,11 @@ PARAMETERS = {
     " vp_stage",
     "megatron.core.models.gpt:GPTModel.forward": "input_ids position_ids attention_mask labels",
     "megatron.core.models.gpt:GPTModel.setup_embeddings_and_output_layer": "self",
+    "megatron.core.models.gpt:GPTModel.compute_language_model_loss": "labels logits",
+    "megatron.core.transformer.attention:SelfAttention.get_query_key_value_tensors": "hidden_states key_value_states"
+    " output_gate split_qkv",
+    "megatron.core.transformer.attention:SelfAttention.forward": "hidden_states attention_mask key_value_states"
+    " inference_context rotary_pos_emb packed_seq_params",
     "megatron.core.models.gpt:GPTModel.sharded_state_dict": "prefix sharded_offsets metadata",
     "megatron.core.models.gpt.gpt_layer_specs:get_mlp_module_spec_for_backend": "backend num_experts moe_grouped_gemm",
     "megatron.core.transformer.transformer_block:get_num_layers_to_build": "config vp_stage pp_rank",
@@ -78,7 +83,7 @@ PARAMETERS = {
     f"{CHECKPOINTS}:save": "sharded_state_dict checkpoint_dir",
     f"{CHECKPOINTS}:load": "sharded_state_dict checkpoint_dir",
     "megatron.core.parallel_state:initialize_model_parallel": "tensor_model_parallel_size pipeline_model_parallel_size"
-    " context_parallel_size create_gloo_process_groups",
+    " context_parallel_size create_gloo_process_groups order",
     "megatron.core.pipeline_parallel.schedules:forward_backward_no_pipelining": "forward_step_func data_iterator model"
     " num_microbatches seq_length micro_batch_size forward_only",
     "megatron.core.pipeline_parallel.schedules:forward_backward_pipelining_without_interleaving": "forward_step_func"

@@ -40,12 +40,12 @@ def watch(plan: LinearPlan) -> Watched:
     watched = Watched(plan)
 
     def recording(name: str, fn: Any) -> Any:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **named: Any) -> Any:
             watched.calls[name] = watched.calls.get(name, 0) + 1
             if name in GEMMS:
                 slots = [slot for slot in SLOTS if slot.startswith(name)]
                 watched.operands.update(zip(slots, args, strict=True))
-            return fn(*args)
+            return fn(*args, **named)
 
         return run
 

@@ -313,9 +313,9 @@ def test_dropped_caches() -> None:
 def test_sizes_are_checked_when_the_recipe_is_applied() -> None:
     with pytest.raises(RecipeMismatch, match=r"down_proj fprop.x: input features = 200 is not a multiple of 16"):
         apply_recipe(TinyLlama(1, inner=200), one_rule(FORWARD, roles=("fc1", "fc2")))
-    with pytest.raises(RecipeMismatch, match=r"q_proj wgrad.dy: tokens per micro-batch = 64 is not a multiple of 128"):
-        apply_recipe(TinyLlama(1), "quartet2", tokens=64)
-    apply_recipe(TinyLlama(1), "quartet2", tokens=128)
+    with pytest.raises(RecipeMismatch, match=r"q_proj fprop.x: tokens would be filled up .* change the 63 tokens"):
+        apply_recipe(TinyLlama(1), "luq", tokens=63)
+    apply_recipe(TinyLlama(1), "quartet2", tokens=63)  # filled up
     with pytest.raises(RecipeMismatch, match=r"dgrad.dy: output features = 128 / tp 2 = 64 is not a multiple of 128"):
         plan_table(make_sites(1), load_recipe("quartet2"), tp=2)
 

@@ -191,8 +191,6 @@ SHAPES: dict[str, LinearRecipe] = {
         ("mxfp4", site(inputs=48), 256, 1, r"input features = 48 is not a multiple of 32, which mxfp4 1x32 needs"),
         ("fprop.w square", site(outputs=24), 256, 1, r"fprop.w: output features = 24 is not a multiple of 16"),
         ("dgrad.dy", site(outputs=24), 256, 1, r"dgrad.dy: output features = 24 is not a multiple of 16"),
-        ("wgrad.dy", site(), 100, 1, r"wgrad.dy: tokens per micro-batch = 100 is not a multiple of 16"),
-        ("wgrad eden", site(), 192, 1, r"tokens per micro-batch = 192 is not a multiple of 128, which nvfp4 1x16 eden"),
         ("dgrad.dy", site(outputs=48), 256, 2, r"output features = 48 / tp 2 = 24 is not a multiple of 16"),
         ("fprop.x", site("proj", inputs=48), 256, 2, r"input features = 48 / tp 2 = 24 is not a multiple of 16"),
         ("fprop.w square", site("fc1", outputs=48), 256, 2, r"fprop.w: output features = 48 / tp 2 = 24"),
@@ -215,6 +213,19 @@ def test_sizes_that_do_not_divide(name: str, where: LinearSite, tokens: int, tp:
 )
 def test_sizes_that_divide(name: str, where: LinearSite, tokens: int | None, tp: int) -> None:
     check_shapes(where, SHAPES[name], tokens=tokens, tp=tp)
+
+
+@pytest.mark.parametrize(("layout", "found"), [({"tp": 2, "sequence_parallel": True}, 100), ({"tp": 1, "cp": 2}, 50)])
+def test_tokens_are_filled_up_where_no_parallelism_splits_them(layout: dict[str, Any], found: float) -> None:
+    for tp in (1, 2):
+        check_shapes(site(), SHAPES["wgrad.dy"], tokens=100, tp=tp)
+        check_shapes(site(), SHAPES["wgrad eden"], tokens=192, tp=tp)
+    with pytest.raises(RecipeMismatch, match=r"wgrad.dy: tokens per micro-batch = 100.* is not a multiple of 16"):
+        check_shapes(site(), SHAPES["wgrad.dy"], tokens=100, **layout)
+    luq = load_recipe("luq").linears["fp4"]
+    check_shapes(site(), luq, tokens=104, tp=1)
+    with pytest.raises(RecipeMismatch, match=r"moments of a whole tensor; change the 100 tokens of a micro-batch, use"):
+        check_shapes(site(), luq, tokens=100, tp=1)
 
 
 def test_moments_of_an_experts_row_or_tensor_are_refused() -> None:

@@ -559,12 +559,37 @@ def test_nan_reaches_the_gradients() -> None:
     assert w.grad.isnan().all()
 
 
-def test_tokens_that_do_not_divide_are_named() -> None:
-    """A last batch that is smaller, or a plain expert's tokens: the error names the layer and the slot."""
+@pytest.mark.parametrize("name", ["nvidia_nvfp4:fp4", "quartet2:fp4", "averis:fp4"])
+def test_tokens_that_do_not_divide_are_filled_up(name: str) -> None:
+    """A last batch that is smaller: the bits of one with zero tokens behind, which are cut off again."""
+    x, w, dy = tensors()
+    full = {"nvidia_nvfp4:fp4": 48}.get(name, 128)
+    filled = [torch.cat((t[:40], torch.zeros(full - 40, t.shape[1]))) for t in (x, dy)]
+    whole = run_linear(SHIPPED[name], data=(filled[0], w, filled[1]), shape=(full,))
+    for shape in ((40,), (5, 8)):
+        part = run_linear(SHIPPED[name], data=(x[:40], w, dy[:40]), shape=shape)
+        assert part.y.shape == (*shape, OUTPUTS)
+        if name != "averis:fp4":  # its mean is that of the tokens that are there
+            assert torch.equal(part.y.reshape(40, -1), whole.y[:40])
+            assert torch.equal(part.dx.reshape(40, -1), whole.dx[:40])
+            assert torch.equal(part.dw, whole.dw)
+    with torch.no_grad():
+        plan = make_plan(SHIPPED[name])
+        assert torch.equal(fp4_linear(x[:40], w, plan, NoComm()), part.y.reshape(40, -1))
+        assert plan.filled == 0, "no block of the forward pass lies across tokens"
+
+
+def test_tokens_that_may_not_be_filled_up_are_named() -> None:
+    """Moments of the whole tensor, a part of the tokens on each rank: the error names the layer and the slot."""
     x, w, _ = tensors()
-    plan = make_plan(SHIPPED["nvidia_nvfp4:fp4"])
-    y = fp4_linear(x[:40], w.requires_grad_(), plan, NoComm())
-    with pytest.raises(RecipeMismatch, match=r"fc1 wgrad\.dy: this rank's 40 columns must be a multiple of 16"):
+    with pytest.raises(RecipeMismatch, match=r"fc1 fprop\.x: tokens would be filled .* change the 41 tokens"):
+        fp4_linear(x[:41], w.requires_grad_(), make_plan(SHIPPED["luq:fp4"]), NoComm())
+
+    class Split(NoComm):
+        context = (0, 2)
+
+    y = fp4_linear(x[:40], w, make_plan(SHIPPED["nvidia_nvfp4:fp4"]), Split())
+    with pytest.raises(RecipeMismatch, match=r"fc1 wgrad\.dy: this rank's 40 columns are 2 separate runs of the whole"):
         y.sum().backward()
 
 

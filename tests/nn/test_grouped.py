@@ -173,8 +173,8 @@ def record(plan: LinearPlan) -> dict[str, BlockScaledTensor]:
     seen: dict[str, BlockScaledTensor] = {}
 
     def recording(slot: str, kernel: Kernel) -> Kernel:
-        def call(*args: Any) -> BlockScaledTensor:
-            seen[slot] = kernel(*args)
+        def call(*args: Any, **named: Any) -> BlockScaledTensor:
+            seen[slot] = kernel(*args, **named)
             return seen[slot]
 
         return replace(kernel, fn=call)

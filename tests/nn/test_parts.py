@@ -370,7 +370,7 @@ def test_a_model_trains_and_its_counts_agree_with_the_table(name: str) -> None:
 # -- refusals
 
 
-def test_only_the_reference_multiplies_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_of_codes_alone_does_not_multiply_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     def fn(*_: Any) -> None: ...
 
     for op in ("quantize", "matmul"):

@@ -11,6 +11,7 @@ from fp4dist.errors import KernelUnavailable
 from fp4dist.nn.comm import NoComm
 from fp4dist.nn.plan import LinearPlan, Tally, gemm_kind, resolve_kernels
 from fp4dist.numerics import BlockScaledTensor
+from fp4dist.spec.blocks import MseSearch
 from fp4dist.spec.load import load_recipe
 from fp4dist.spec.recipe import GEMMS, Dgrad, Fprop, LinearRecipe, Wgrad
 from fp4dist.spec.run import BackendConfig
@@ -59,8 +60,9 @@ def test_a_bf16_layer_needs_no_kernel_even_on_a_gpu() -> None:
 
 
 def test_a_missing_kernel_is_found_when_the_plan_is_made() -> None:
-    recipe = LinearRecipe(wgrad=Wgrad(x=extra("int4_1x128")))  # no kernel but the reference's has this grid
-    with pytest.raises(KernelUnavailable, match=r"no backend can run quantize\(int4 1x128\) on cuda"):
+    searched = replace(extra("int4_1x128"), scale=MseSearch())  # which no kernel but the reference's does
+    recipe = LinearRecipe(wgrad=Wgrad(x=searched))
+    with pytest.raises(KernelUnavailable, match=r"no backend can run quantize\(int4 1x128 mse.*\) on cuda"):
         LinearPlan.resolve("a", 1, recipe, make_plan(recipe).clock, GPU, BackendConfig())
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,29 @@ def test_parts_that_are_too_short_are_refused(prefix: str, tmp_path: Path) -> No
         build_datasets(run_config(tmp_path, {"train": (prefix,), "split": "0,1,0"}), 1)
     with pytest.raises(ConfigError, match=r"global_batch_size = 8 .* 2 \* 3"):
         build_datasets(run_config(tmp_path, {"train": (prefix,), "split": SPLIT}), 3)
+
+
+def test_batches_are_read_one_ahead_and_errors_arrive_in_their_place() -> None:
+    """No more than one, so that a step that goes on later has lost nothing but a reading; no thread is left."""
+    read: list[int] = []
+
+    def source() -> Iterator[Any]:
+        for number in range(5):
+            if number == 3:
+                raise DataError("the fourth is damaged")
+            read.append(number)
+            yield number
+
+    batches = data_module._read_ahead(source())
+    assert next(batches) == 0
+    assert read in ([0], [0, 1])
+    assert [next(batches), next(batches)] == [1, 2]
+    with pytest.raises(DataError, match="fourth"):
+        next(batches)
+    abandoned = data_module._read_ahead(source())
+    assert next(abandoned) == 0
+    abandoned.close()  # type: ignore[attr-defined]  # a generator
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
 def rank_rows(config: RunConfig) -> tuple[list[list[int]], list[list[int]]]:

@@ -19,7 +19,7 @@ from fp4dist.numerics.codes import unpack
 from fp4dist.spec.load import load_run
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import data, loop, schedule
-from fp4dist.train.engine import masked_mean
+from fp4dist.train.engine import OnItsWay, masked_mean
 from fp4dist.train.world import World, open_world
 from tests.distributed import run_ranks
 from tests.train.tiny_run import (
@@ -211,7 +211,7 @@ def build(
             patch.setattr(
                 loop, "apply_recipe", lambda model, *a, **k: hooked(apply_recipe(model, *a, **k), model, gradient)
             )
-        engine, applied = loop._build(config, world)
+        engine, applied = loop.build_engine(config, world)
     return engine, applied, data.train_iterator(datasets, config, dp_rank=world.dp_rank, dp_size=world.dp_size)
 
 
@@ -412,3 +412,8 @@ def test_masked_mean_counts_only_what_the_mask_admits() -> None:
     assert sums.tolist() == [37.0, 3.0]
     nothing, none = masked_mean(loss_BS, torch.zeros_like(mask_BS))
     assert (nothing.item(), none.tolist()) == (0.0, [0.0, 0.0])
+
+
+def test_a_number_on_its_way_to_the_host() -> None:
+    assert OnItsWay(torch.tensor([2.5])).value() == 2.5
+    assert OnItsWay(math.inf).value() == math.inf

@@ -16,6 +16,9 @@ from tests.train.tiny_run import FP4, losses, metrics, run_without_picture, tiny
 
 pytestmark = pytest.mark.distributed
 
+ENDS = {  # six layers in four chunks: the first and the last hold one, the others two
+    "ends": ("model.num_layers=6", "parallel.pp=2", "parallel.vpp=2", "parallel.ends_as_layers=true"),
+}
 DEEP = (
     "model.num_layers=4", "train.steps=5", "train.global_batch_size=8", "train.micro_batch_size=2",
     "train.eval_every=5", "optim.lr=4e-3", "optim.schedule=constant",
@@ -44,6 +47,7 @@ FOUR = {
     "pp2tp2sp": ("parallel.pp=2", *TWO["tp2sp"]),
     "cp2tp2sp": ("parallel.cp=2", *TWO["tp2sp"]),
     "vpp_dp2_tied": (*TWO["vpp"], "model.tie_embeddings=true"),
+    "pp2_inside_dp2": (*TWO["pp2"], "parallel.order=tp-cp-ep-pp-dp"),
 }
 
 
@@ -93,6 +97,15 @@ def test_two_ranks_train_as_stock_megatron_and_as_one_process(folder: str) -> No
     for name, (ours, stock) in first.items():
         assert ours == stock, name
         assert_close(ours, alone["experts" if name in TWO_WITH_EXPERTS else "one"], 1e-5, name)
+
+
+def test_ends_that_count_as_layers(folder: str) -> None:
+    (alone,) = run_ranks(one_process, 1, folder, {"one": ("model.num_layers=6",)}, timeout=300)
+    first, second = run_ranks(ours_and_stock, 2, folder, ENDS, timeout=300)
+    assert first == second
+    ours, stock = first["ends"]
+    assert ours == stock
+    assert_close(ours, alone["one"], 1e-5, "ends")
 
 
 def test_four_ranks_train_as_stock_megatron_and_as_one_process(folder: str) -> None:

@@ -282,7 +282,7 @@ def ratio_by_hand(folder: str) -> tuple[float, float]:
     for name in ("fp4", "forward"):
         config = tiny_run(Path(folder), f"recipe={folder}/{name}.yaml", *one, name=name)
         with open_world(config) as world:
-            engine, applied = loop._build(config, world)
+            engine, applied = loop.build_engine(config, world)
             sets = data.build_datasets(config, 1)
 
             def batches(sets: Any = sets, config: Any = config) -> Any:

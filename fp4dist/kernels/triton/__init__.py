@@ -6,22 +6,55 @@ On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), for tests
 from __future__ import annotations
 
 from importlib import util
+from typing import Any
+
+from torch import Tensor
 
 from fp4dist.kernels.registry import Request, declare_missing, kernel
+from fp4dist.numerics.matmul import Operand
 
 if util.find_spec("triton") is None:
     declare_missing("triton", "the package triton is not installed")
 else:
+    from fp4dist.kernels.triton import filters as _filters
     from fp4dist.kernels.triton import matmul as _matmul
+    from fp4dist.kernels.triton import originals as _originals
     from fp4dist.kernels.triton import quantize as _quantize
+    from fp4dist.kernels.triton import quantizers as _quantizers
 
     def _needs_gpu(request: Request) -> str | None:
         return None if request.device.type == "cuda" else f"needs a GPU, the tensor is on {request.device.type}"
 
     def _supports_quantize(request: Request) -> str | None:
-        return _needs_gpu(request) or (_quantize.why_not(request.spec) if request.spec is not None else "needs a spec")
+        return _needs_gpu(request) or (
+            _quantizers.why_not(request.spec) if request.spec is not None else "needs a spec"
+        )
 
-    kernel("quantize", backend="triton", supports=_supports_quantize)(_quantize.quantize)
-    kernel("requantize", backend="triton", supports=_supports_quantize)(_quantize.requantize)
-    kernel("dequantize", backend="triton", supports=_needs_gpu)(_matmul.dequantize)
-    kernel("matmul", backend="triton", supports=_needs_gpu)(_matmul.matmul)
+    def _supports_filter(request: Request) -> str | None:
+        return _needs_gpu(request) or (_filters.why_not(request.spec) if request.spec is not None else "needs a spec")
+
+    kernel("mask", backend="triton", supports=_supports_filter)(_filters.mask)
+    kernel("filter_by_mask", backend="triton", supports=_supports_filter)(_filters.filter_by_mask)
+    kernel("filter_by_scales", backend="triton", supports=_supports_filter)(_filters.filter_by_scales)
+
+    kernel("original", backend="triton", supports=_needs_gpu, sums=True)(_originals.original)
+
+    def _supports_pair(request: Request) -> str | None:
+        if request.spec is None or request.other is None:
+            return "needs two specs"
+        return _needs_gpu(request) or _quantize.why_not_pair(request.spec, request.other)
+
+    def _quantize_pair(x: Tensor, row: tuple[Any, ...], column: tuple[Any, ...]) -> tuple[Operand, Operand]:
+        return _quantize.quantize_pair(x, _quantize.Side(*row), _quantize.Side(*column))
+
+    kernel("quantize", backend="triton", supports=_supports_quantize, carries=True)(_quantizers.quantize)
+    kernel("requantize", backend="triton", supports=_supports_quantize, carries=True, unrotates=True)(
+        _quantizers.requantize
+    )
+    kernel("quantize_pair", backend="triton", supports=_supports_pair)(_quantize_pair)
+    kernel("to_carrier", backend="triton", supports=_supports_quantize)(_quantizers.to_carrier)
+    kernel("dequantize", backend="triton", supports=_needs_gpu, sums=True)(_matmul.dequantize)
+    kernel("matmul", backend="triton", supports=_needs_gpu, carrier_types=_matmul.carrier_types, sums=True)(
+        _matmul.matmul
+    )
+    kernel("grouped_matmul", backend="triton", supports=_needs_gpu)(_matmul.grouped_matmul)

@@ -65,8 +65,7 @@ def encode_e4m3_stochastic(x, word):
 @triton.jit
 def decode_e4m3(code):
     """int32 E4M3 codes below 128 -> fp32."""
-    normal = floats(((code >> 3) + 120) << 23 | (code & 7) << 20)
-    value = tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal)
+    value = floats(code << 20) * 1.329227995784916e36  # exponent and mantissa where fp32 has them, 2^120 too small
     return tl.where(code == 0x7F, float("nan"), value)
 
 
@@ -184,3 +183,188 @@ def spread(values, R: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, BC: tl.co
     """[R/BR, N/BC] -> [R, N]: each block's value at its elements."""
     wide = tl.broadcast_to(values[:, None, :, None], (R // BR, BR, N // BC, BC))
     return tl.reshape(wide, (R, N))
+
+
+@triton.jit
+def e2m1_signed(nibble):
+    """int32 whose top four bits are an E2M1 code -> fp32 value, -0 included."""
+    level = (nibble >> 6) & 0x01C00000  # exponent and mantissa where fp32 has them, 2^126 too small
+    return floats(level | (nibble & -2147483648)) * 8.507059173023462e37
+
+
+@triton.jit
+def nearest(u):
+    """U in [0, 7) -> (level of E2M1, int32 with its index in bits 28 to 30), ties to even.
+
+    Adding p (2^22 + 3), p = 2^floor(log2 max(u, 1)), rounds to the step p/2 of u's binade; what is then the number of
+    steps in the low bits and the exponent above sum up to the index. A NaN gives a NaN and no particular index.
+    """
+    p = floats(tl.maximum(bits(u), 0x3F800000) & 0x7F800000)
+    rounded = tl.fma(p, 4194307.0, u)
+    return tl.fma(p, -4194307.0, rounded), bits(rounded) * 0x10000040
+
+
+@triton.jit
+def stochastic(u, threshold):
+    """U in [0, 6] and (noise << 6 | 32) -> as `nearest`: up if u is above the lower level by more than (noise + 1/2) /
+    2^16 of a step.
+
+    Below 1 the step is that of [1, 2), so 1 is added there: then a step is always the upper half of a mantissa, and
+    the level below with the threshold under it is the exact value that u is compared with.
+    """
+    one = tl.where(u < 1.0, 1.0, 0.0)
+    b = bits(u + one)
+    below = b & -4194304
+    step = tl.where(u > floats(below | threshold) - one, 4194304, 0)
+    return floats(below + step) - one, (b + bits(one) + step + 16777216) << 6
+
+
+@triton.jit
+def thresholds(w0, w1, w2, w3, G: tl.constexpr, E: tl.constexpr):
+    """[G, E/8] noise words -> [G, E] thresholds of `stochastic`."""
+    j0 = tl.join(w0 << 6, w0 >> 10)
+    j1 = tl.join(w1 << 6, w1 >> 10)
+    j2 = tl.join(w2 << 6, w2 >> 10)
+    j3 = tl.join(w3 << 6, w3 >> 10)
+    halves = tl.permute(tl.join(tl.join(j0, j2), tl.join(j1, j3)), (0, 1, 3, 4, 2))  # word, then half
+    return (tl.reshape(halves, (G, E)).to(tl.int32) & 0x3FFFC0) | 32
+
+
+@triton.jit
+def halves(z, G: tl.constexpr, n: tl.constexpr):
+    """[G, n] -> its first and its last n/2 columns."""
+    return tl.split(tl.permute(tl.reshape(z, (G, 2, n // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def largest(y, G: tl.constexpr, E: tl.constexpr):
+    """[G, E] -> [G] max |y|, NaN where one is; E = 16 or 32."""
+    z = tl.abs(y)
+    if E == 32:
+        a, b = halves(z, G, 32)
+        z = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    a, b = halves(z, G, 16)
+    z = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    a, b = halves(z, G, 8)
+    z = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    a, b = halves(z, G, 4)
+    z = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    a, b = halves(z, G, 2)
+    return tl.reshape(tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL), (G,))
+
+
+@triton.jit
+def at_most(x, limit):
+    """min(x, limit) in one instruction, NaN stays."""
+    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def pack(top, y, G: tl.constexpr, E: tl.constexpr):
+    """[G, E] int32 with level indices in bits 28 to 30, and the values whose signs they take -> [G, E/8] words of 8
+    codes, the first one lowest.
+    """
+    code = ((top & 0x7FFFFFFF) | (bits(y) & -2147483648)).to(tl.uint32, bitcast=True)
+    pairs = tl.reshape(code, (G, E // 8, 2, 2, 2))
+    even, odd = tl.split(pairs)
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    c0, c4 = tl.split(c0)
+    c1, c5 = tl.split(c1)
+    c2, c6 = tl.split(c2)
+    c3, c7 = tl.split(c3)
+    word = c7 >> 28
+    word = (word << 4) | (c6 >> 28)
+    word = (word << 4) | (c5 >> 28)
+    word = (word << 4) | (c4 >> 28)
+    word = (word << 4) | (c3 >> 28)
+    word = (word << 4) | (c2 >> 28)
+    word = (word << 4) | (c1 >> 28)
+    return ((word << 4) | (c0 >> 28)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def bf16_pairs(value, G: tl.constexpr, E: tl.constexpr):
+    """[G, E] fp32 that bf16 holds exactly -> [G, E/2] words of two bf16."""
+    low, high = tl.split(tl.reshape(bits(value), (G, E // 2, 2)))
+    return ((low >> 16) & 0xFFFF) | (high & -65536)
+
+
+@triton.jit
+def rotate(y, G: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr):
+    """Unnormalized Hadamard of groups of SIZE (16 to 128) columns of [G, E], rows side by side; strides 1, 2, 4 ...
+
+    Strides below E stay inside a thread; beyond, threads exchange values.
+    """
+    y = butterfly(y, G, E, 1)
+    y = butterfly(y, G, E, 2)
+    y = butterfly(y, G, E, 4)
+    y = butterfly(y, G, E, 8)
+    if (SIZE > 16) & (E > 16):
+        y = butterfly(y, G, E, 16)
+    if (SIZE > 16) & (E == 16):
+        y = exchange(y, G, E, 1)
+    if SIZE > 32:
+        y = exchange(y, G, E, 32 // E)
+    if SIZE > 64:
+        y = exchange(y, G, E, 64 // E)
+    return y
+
+
+@triton.jit
+def exchange(y, G: tl.constexpr, E: tl.constexpr, k: tl.constexpr):
+    """One stage of stride k * E: chunk i and chunk i + k become their sum and their difference.
+
+    A thread has one of the two: the integer sum of the two bit patterns, less its own, is the other (one shuffle).
+    """
+    z = tl.reshape(y, (G // (2 * k), 2, k * E))
+    b = bits(z)
+    other = floats(tl.sum(b, axis=1)[:, None, :] - b)
+    sign = tl.where(tl.arange(0, 2) == 0, 1.0, -1.0)[None, :, None]
+    return tl.reshape(tl.fma(z, sign, other), (G, E))
+
+
+@triton.jit
+def rows_rotated(y, R: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr):
+    """Unnormalized Hadamard of groups of SIZE (16 or 32) rows of [R, N], in any shape of as many elements."""
+    y = exchange(y, R, N, 1)
+    y = exchange(y, R, N, 2)
+    y = exchange(y, R, N, 4)
+    y = exchange(y, R, N, 8)
+    if SIZE == 32:
+        y = exchange(y, R, N, 16)
+    return y
+
+
+@triton.jit
+def over_rows(values, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr):
+    """[R/BR, M] -> [R * M]: each block's value at its BR rows."""
+    return tl.reshape(tl.broadcast_to(values[:, None, :], (R // BR, BR, M)), (R * M,))
+
+
+@triton.jit
+def philox_of(index, k0, k1, c1, c2, c3):
+    """Four uint32 words for uint32 counters; key and the counter's other words are the int32s of the same bits."""
+    c0, c1, c2, c3 = index, c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+    k0, k1 = k0.to(tl.uint32), k1.to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def unpack(words, G: tl.constexpr, M: tl.constexpr):
+    """[G, M, 1] words of eight codes -> [G, 8 M] fp32 signed levels."""
+    return e2m1_signed(tl.reshape(words << (28 - 4 * tl.arange(0, 8))[None, None, :], (G, M * 8)))
+
+
+@triton.jit
+def every_eighth(y, G: tl.constexpr, E: tl.constexpr):
+    """[G, E] -> [G, E/8] int32 bits of each eighth element."""
+    first, _ = tl.split(tl.reshape(bits(y), (G, E // 8, 2, 2, 2)))
+    first, _ = tl.split(first)
+    first, _ = tl.split(first)
+    return first

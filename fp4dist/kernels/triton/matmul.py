@@ -1,17 +1,84 @@
-# pyright: reportCallIssue=false, reportArgumentType=false
-# (a launch takes options beside the kernel's own parameters)
-"""Block-scaled GEMMs on the exact bf16 carriers of their operands."""
+"""Block-scaled GEMMs on the exact carriers of their operands: FP8, or bf16.
+
+Where both operands have FP8 carriers, FP8 tensor cores multiply them (`gemm`); else bf16 ones do, through cuBLASLt
+where the device has it and nothing but the operands' own scales multiplies the sum, through `gemm` elsewhere. What has
+no carrier is decoded by torch.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from fp4dist import numerics
-from fp4dist.kernels.triton.programs import carrier_kernel
-from fp4dist.numerics.matmul import Operand
-from fp4dist.numerics.tensor import BlockScaledTensor, Quantized
+from fp4dist.kernels import cublaslt
+from fp4dist.kernels.triton import grids, parted, quantizers
+from fp4dist.kernels.triton.carriers import carrier_of
+from fp4dist.kernels.triton.gemm import FP8, Side, gemm, takes
+from fp4dist.numerics.matmul import Operand, check_product
+from fp4dist.numerics.scales import fp32
+from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, PartedTensor, Quantized
 from fp4dist.spec.formats import E2M1
+from fp4dist.spec.recipe import QuantSpec
+
+E5M2, E4M3 = FP8
+
+
+def carrier_types(
+    a: QuantSpec | None, b: QuantSpec | None, device: torch.device
+) -> tuple[torch.dtype, torch.dtype] | None:
+    """The carrier types that the quantizers of a GEMM's two slots should be asked for; None: there are none.
+
+    a, b   the slots' specs, None for a plain operand (one of them at least is quantized)
+
+    FP8 where it holds both operands and the device multiplies it, else bf16 for both. Of FP8 the first operand gets
+    e5m2, which has room for 29 binades of block scales and so for gradients; the second e4m3 (15 binades): cuBLASLt has
+    no e5m2 x e5m2. Operands that only other types hold get those.
+    """
+    specs = [spec for spec in (a, b) if spec is not None]
+    if not specs:
+        return None
+    if len(specs) == 2 and multiplies_fp8(device):
+        for types in ((E5M2, E4M3), (E4M3, E4M3), (E4M3, E5M2), (E5M2, E5M2)):
+            if all(_held(spec, dtype) for spec, dtype in zip(specs, types, strict=True)):
+                return types
+    bf16 = torch.bfloat16
+    return (bf16, bf16) if all(_held(spec, bf16) for spec in specs) else None
+
+
+def _held(spec: QuantSpec, dtype: torch.dtype) -> bool:
+    """Whether a carrier of `dtype` can hold operands of `spec` exactly, with what multiplies rows (or their parts of 32
+    elements and more) outside. Power-of-two block scales are shifted to where FP8 has its range.
+    """
+    if spec.samples != 1 or spec.has_parts:
+        return False
+    element, scale = spec.format.element, spec.format.scale
+    if isinstance(spec.above, tuple) and spec.above[1] < 32:
+        return False
+    if scale.name in ("e4m3", "ue5m3"):  # as many significant bits again
+        return dtype == torch.bfloat16 and element == E2M1
+    if scale.name == "e8m0":
+        return element == E2M1
+    return scale.name == "fp32" and spec.shape[1] == 0 and _is_exact(element.levels, dtype)
+
+
+@cache
+def _is_exact(levels: tuple[float, ...], dtype: torch.dtype) -> bool:
+    exact = torch.tensor(levels, dtype=torch.float64)
+    return torch.equal(exact.to(dtype).double(), exact)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the device's tensor cores take FP8."""
+    return device.type == "cuda" and torch.version.cuda is not None and _capability(device) >= (8, 9)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def has_carrier(q: BlockScaledTensor) -> bool:
@@ -24,33 +91,76 @@ def has_carrier(q: BlockScaledTensor) -> bool:
 
 def carrier(q: BlockScaledTensor) -> Tensor:
     """[R, C] bf16 code * block scale, exact."""
-    rows, cols = q.shape
-    out = torch.empty((rows, cols), dtype=torch.bfloat16, device=q.codes.device)
-    carrier_kernel[-(-rows // 16), -(-cols // 128)](
-        q.codes, q.scales, out, rows, cols, R=16, N=128, BR=q.block[0], BC=q.block[1],
-        E8M0=q.format.scale.name == "e8m0", num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
+    return carrier_of(q, torch.bfloat16).values
 
 
-def matmul(a_MK: Operand, b_NK: Operand) -> Tensor:
-    """A B^T in fp32; see `fp4dist.numerics.matmul`. Operands without a carrier are decoded by torch."""
-    if not all(isinstance(o, BlockScaledTensor) and has_carrier(o) for o in (a_MK, b_NK)):
-        return numerics.matmul(a_MK, b_NK)
-    assert isinstance(a_MK, BlockScaledTensor)
-    assert isinstance(b_NK, BlockScaledTensor)
-    if a_MK.rotation != b_NK.rotation or a_MK.shape[1] != b_NK.shape[1]:
-        return numerics.matmul(a_MK, b_NK)  # which says what is wrong
-    left, right = carrier(a_MK), carrier(b_NK)
-    if left.is_cuda:
-        total = torch.mm(left, right.t(), out_dtype=torch.float32)
-    else:
-        total = torch.mm(left.float(), right.float().t())
-    return total * (a_MK.global_scale * b_NK.global_scale / a_MK.rotation)
+def matmul(a_MK: Operand, b_NK: Operand, *, out: torch.dtype = torch.float32, into: Tensor | None = None) -> Tensor:
+    """A B^T; see `fp4dist.numerics.matmul`. The carrier at an operand's side is taken where it has one."""
+    if max(parted.samples(a_MK), parted.samples(b_NK)) > 1:
+        return parted.mean_of_samples(a_MK, b_NK, matmul, out=out, into=into)
+    if isinstance(a_MK, PartedTensor) or isinstance(b_NK, PartedTensor):
+        return parted.matmul(a_MK, b_NK, matmul, out=out, into=into)
+    rotation = check_product(a_MK, b_NK, out, into)
+    left, right = _side(a_MK), _side(b_NK)
+    wide = left is None and parted.has_terms(a_MK), right is None and parted.has_terms(b_NK)
+    if any(wide) and (left is not None or wide[0]) and (right is not None or wide[1]):
+        return parted.in_terms(a_MK, b_NK, matmul, wide, out=out, into=into)
+    if left is None or right is None or (isinstance(a_MK, Tensor) and isinstance(b_NK, Tensor)):
+        return numerics.matmul(a_MK, b_NK, out=out, into=into)
+    if into is not None and not into.is_contiguous():
+        return into.add_(matmul(a_MK, b_NK))
+    if not takes(left, right):  # factors of differing parts
+        return numerics.matmul(a_MK, b_NK, out=out, into=into)
+    if (left.values.dtype in FP8) != (right.values.dtype in FP8):
+        left, right = (side._replace(values=side.values.to(torch.bfloat16)) for side in (left, right))
+    return _product(left, right, rotation, out, into)
+
+
+def grouped_matmul(
+    a: Sequence[Operand],
+    b: Sequence[Operand],
+    *,
+    out: torch.dtype = torch.float32,
+    into: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """One `matmul` a pair; see `fp4dist.kernels.reference.grouped_matmul`."""
+    sums = [None] * len(a) if into is None else into
+    return [matmul(x, w, out=out, into=total) for x, w, total in zip(a, b, sums, strict=True)]
+
+
+def _side(operand: Operand) -> Side | None:
+    """The operand as the GEMM reads it; None: it has no carrier."""
+    if isinstance(operand, Tensor):
+        return Side(operand) if operand.dtype == torch.bfloat16 else None
+    if isinstance(operand, BlockScaledTensor):
+        if operand.carrier is not None:
+            operand = operand.carrier
+        elif has_carrier(operand):
+            return Side(carrier(operand), operand.global_scale)
+        elif quantizers.why_not_carrier(operand, torch.bfloat16) is None:
+            operand = quantizers.to_carrier(operand, torch.bfloat16)
+    if not isinstance(operand, Carrier):
+        return None
+    return Side(operand.values, operand.scale, operand.rows)
+
+
+def _product(a: Side, b: Side, rotation: int, out: torch.dtype, into: Tensor | None) -> Tensor:
+    """Of two bf16 or two FP8 operands."""
+    whole = (a.rows is None or a.rows.shape[1] == 1) and (b.rows is None or b.rows.shape[1] == 1)
+    if whole and cublaslt.why_not(a.values.device) is None:
+        done = cublaslt.matmul(
+            a.values, b.values, a.scale, b.scale, rotation, rows_a=a.rows, rows_b=b.rows, out=out, into=into
+        )  # fmt: skip
+        if done is not None:
+            return done
+    return gemm(a, b, rotation, out=out, into=into)
 
 
 def dequantize(q: Quantized) -> Tensor:
     """[R, C] fp32 values; see `fp4dist.numerics.dequantize`."""
-    if not isinstance(q, BlockScaledTensor) or not has_carrier(q):
-        return numerics.dequantize(q)
+    if isinstance(q, PartedTensor):
+        values = dequantize(q.main)
+        return values if q.side is None else values + q.side * fp32(q.rotation**-0.5)
+    if not has_carrier(q):
+        return grids.dequantize(q) if grids.has_values(q) else numerics.dequantize(q)
     return carrier(q).to(torch.float32) * (q.global_scale * q.rotation**-0.5)

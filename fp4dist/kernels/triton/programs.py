@@ -1,9 +1,15 @@
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportAttributeAccessIssue=false
 # Triton's own language: its kernels' parameters have no types, branches on constants look like run-time ones.
 """Device code: what one program does with its tile [R, N] of the output orientation.
 
-It reads the tile (or decodes it, transposed, from forward codes), rotates it in registers, finds the scales of its
-blocks, and writes packed codes and scale bytes. Launched by `quantize`, with arithmetic that rounds as the reference's.
+It reads the tile (or decodes it, transposed, from forward codes) so that a thread holds whole blocks of E columns,
+rotates them, finds the scales of its blocks, and writes packed codes with scale bytes, a bf16 carrier, or both. Tiles
+are [G, E] in registers, G = R * N / E blocks in row-major order. Arithmetic rounds as the reference's.
+
+READ  0: rows of a matrix whose columns are contiguous; 1: one whose rows are (x^T); 2: codes of the transpose
+P     elements along the contiguous dimension that a thread reads at once: a vector (READ 0), or a word (1, 2)
+W     threads side by side along the contiguous dimension (READ 1, 2); the others of a warp lie along the blocks
 """
 
 from __future__ import annotations
@@ -15,56 +21,135 @@ from fp4dist.kernels.triton import arithmetic as a
 
 # Names of parameters that change from step to step: their values must not be compiled in.
 _PLACE = ["k0", "k1", "c1", "c2", "c3", "width", "row_run", "r0", "r1", "column_run", "q0", "q1"]
+_SIGNS = ["s0", "s1", "s2", "s3"]
 
 
 @triton.jit
-def _tile(
-    x, sr, sc, qscales, qglobal, signs, row, col, rows, cols,
-    R: tl.constexpr, N: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, SRC: tl.constexpr,
-    QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
-):  # fmt: skip
-    """[R, N] fp32 values of the tile at (row, col), rotated; 0 outside."""
-    r = row + tl.arange(0, R)
-    c = col + tl.arange(0, N)
-    inside = (r[:, None] < rows) & (c[None, :] < cols)
-    if SRC:  # element (r, c) is element (c, r) of codes [cols, rows]
-        width = rows // 2
-        byte = tl.load(x + c[None, :].to(tl.int64) * width + (r[:, None] >> 1), mask=inside, other=0).to(tl.int32)
-        code = (byte >> ((r[:, None] & 1) * 4)) & 15
-        stored = tl.load(
-            qscales + (c[None, :] // QBR).to(tl.int64) * (rows // QBC) + r[:, None] // QBC, mask=inside, other=0
-        ).to(tl.int32)
-        scale = a.decode_e8m0(stored) if QE8M0 else a.decode_e4m3(stored)
-        level = a.e2m1_value(code & 7)
-        y = a.with_sign(level, code > 7) * scale * tl.load(qglobal)
-        y = tl.where(inside, y, 0.0)
+def _bf16(i):
+    """int32 with bf16 bits in its low half (and anything above) -> fp32."""
+    return a.floats(i << 16)
+
+
+@triton.jit
+def _rows(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
+          EVEN: tl.constexpr):  # fmt: skip
+    """[G, E] fp32 of a matrix with contiguous columns; 0 outside."""
+    part = tl.arange(0, E // P)[None, None, :, None]
+    r = tl.arange(0, R)[None, :, None, None]
+    c = tl.arange(0, N // E)[:, None, None, None] * E + part * P + tl.arange(0, P)[None, None, None, :]
+    start = x + (row.to(tl.int64) * stride + col)
+    if EVEN:
+        y = tl.load(start + (r * stride + c))
     else:
-        y = tl.load(x + r[:, None].to(tl.int64) * sr + c[None, :].to(tl.int64) * sc, mask=inside, other=0.0)
-        if y.dtype == tl.bfloat16:  # by bits: the interpreter's cast loses subnormal numbers
-            y = a.floats(y.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    if ROT > 1:
-        if SIGNED:
-            y = y * tl.load(signs + (c % ROT))[None, :]
-        y = a.butterflies(y, R, N, ROT)
+        y = tl.load(start + (r * stride + c), mask=(row + r < rows) & (col + c < cols), other=0.0)
+    y = tl.reshape(tl.permute(y, (1, 0, 2, 3)), (R * N // E, E))
+    if y.dtype == tl.bfloat16:  # by bits: the interpreter's cast loses subnormal numbers
+        y = _bf16(y.to(tl.int16, bitcast=True).to(tl.int32))
     return y
 
 
 @triton.jit
+def _turned(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
+            W: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """[G, E] fp32 (or int32 codes) of a matrix with contiguous rows, read in words of P of its elements; 0 outside.
+
+    x points to words; stride counts words.
+    """
+    c = tl.arange(0, N // E)[None, :, None, None] * E + tl.arange(0, E)[None, None, None, :]
+    r = tl.arange(0, R // P // W)[None, None, :, None] * W + tl.arange(0, W)[:, None, None, None]
+    r = tl.max_contiguous(r, (1, 1, 1, 1))  # one word a thread: neighbours along the columns stay in its registers
+    start = x + (col.to(tl.int64) * stride + row // P)
+    if EVEN:
+        word = tl.load(start + (c * stride + r))
+    else:
+        word = tl.load(start + (c * stride + r), mask=(row + r * P < rows) & (col + c < cols), other=0)
+    return tl.permute(word, (2, 0, 1, 3))  # [R/P/W, W, N/E, E]
+
+
+@triton.jit
+def _decoded(
+    x, stride, qscales, qglobal, b0, root, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+    W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """[G, E] fp32 values of the transpose of codes x [cols, rows / 2] with scales of blocks [QBR, QBC].
+
+    BACK   size (at most 32) of the rotation that they are turned back from, 1 for none;  b0  its signs;
+    root   1 / sqrt(BACK)
+    """
+    byte = _turned(x, stride, row, col, rows, cols, R, N, E, 2, W, EVEN).to(tl.int32)
+    c = col + tl.arange(0, N // E)[None, :, None, None] * E + tl.arange(0, E)[None, None, None, :]
+    r = row + tl.arange(0, R // 2 // W)[None, None, :, None] * (2 * W) + tl.arange(0, W)[:, None, None, None] * 2
+    place = qscales + (c // QBR * (rows // QBC) + r // QBC)  # two rows of a byte share a block
+    if EVEN:
+        stored = tl.load(place)
+    else:
+        stored = tl.load(place, mask=(r < rows) & (c < cols), other=0)
+    stored = tl.permute(stored, (2, 0, 1, 3)).to(tl.int32)
+    scale = a.decode_e8m0(stored) if QE8M0 else a.decode_e4m3(stored)
+    nearly = tl.join(a.e2m1_signed(byte << 28) * scale, a.e2m1_signed(byte << 24) * scale)
+    nearly = tl.reshape(tl.permute(nearly, (0, 1, 4, 2, 3)), (R * N // E, E))
+    if BACK == 1:
+        y = nearly * tl.load(qglobal)
+    else:
+        y = a.rows_rotated(nearly * (tl.load(qglobal) * root), R, N, BACK)
+        y = tl.reshape(y, (R * N // E, E)) * root
+        i = tl.reshape(tl.broadcast_to(((row + tl.arange(0, R)) % BACK)[:, None], (R, N // E)), (R * N // E,))
+        y = a.floats(a.bits(y) ^ ((b0 >> i) << 31)[:, None])
+    return y
+
+
+@triton.jit
+def _tile(
+    x, stride, qscales, qglobal, s0, s1, s2, s3, row, col, rows, cols,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
+    BACK: tl.constexpr = 1, b0=0, root=1.0,
+):  # fmt: skip
+    """[G, E] fp32 values of the tile at (row, col), rotated; 0 outside."""
+    if READ == 0:
+        y = _rows(x, stride, row, col, rows, cols, R, N, E, P, EVEN)
+    elif READ == 1:
+        word = _turned(x, stride, row, col, rows, cols, R, N, E, P, W, EVEN)
+        if P == 2:
+            word = tl.permute(tl.join(word << 16, word & -65536), (0, 1, 4, 2, 3))
+            y = a.floats(tl.reshape(word, (R * N // E, E)))
+        else:
+            y = tl.reshape(word, (R * N // E, E))
+            if y.dtype == tl.bfloat16:
+                y = _bf16(y.to(tl.int16, bitcast=True).to(tl.int32))
+    else:
+        y = _decoded(
+            x, stride, qscales, qglobal, b0, root, row, col, rows, cols, R, N, E, W, EVEN, QBR, QBC, QE8M0, BACK
+        )
+    if ROT > 1:
+        if SIGNED:
+            i = tl.arange(0, R * N // E) % (N // E) * E % ROT
+            word = tl.where(i < 32, s0, tl.where(i < 64, s1, tl.where(i < 96, s2, s3))) >> (i & 31)
+            j = tl.arange(0, E) % ROT  # where a rotation is smaller than a block
+            y = a.floats(a.bits(y) ^ ((word[:, None] << (31 - j)[None, :]) & -2147483648))
+        y = a.rotate(y, R * N // E, E, ROT)
+    return y
+
+
+@triton.jit(do_not_specialize=[*_SIGNS, "b0"])
 def amax_kernel(
-    x, sr, sc, qscales, qglobal, signs, top, rows, cols,
-    R: tl.constexpr, N: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, SRC: tl.constexpr,
-    QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, STEPS: tl.constexpr,
+    x, stride, qscales, qglobal, b0, root, rows, cols, s0, s1, s2, s3, top,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
+    BACK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The largest magnitude bits of the matrix, into `top`, which starts at 0. A program walks over STEPS tiles."""
-    largest = tl.zeros((R,), tl.int32)
+    strips = tl.cdiv(cols, N * STEPS)
+    row = tl.program_id(0) // strips * R
+    found = tl.zeros((R * N // E,), tl.int32)
     for step in range(STEPS):
-        col = (tl.program_id(1) * STEPS + step) * N
+        col = (tl.program_id(0) % strips * STEPS + step) * N
         y = _tile(
-            x, sr, sc, qscales, qglobal, signs, tl.program_id(0) * R, col, rows, cols,
-            R, N, ROT, SIGNED, SRC, QBR, QBC, QE8M0,
+            x, stride, qscales, qglobal, s0, s1, s2, s3, row, col, rows, cols,
+            R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, b0, root,
         )  # fmt: skip
-        largest = tl.maximum(largest, tl.max(a.magnitude_bits(y), axis=1))
-    tl.atomic_max(top, tl.max(largest, axis=0))
+        found = tl.maximum(found, a.bits(a.largest(y, R * N // E, E)))
+    tl.atomic_max(top, tl.max(found, axis=0))
 
 
 @triton.jit
@@ -77,49 +162,58 @@ def _outer_scale(amax, numerator):
 
 @triton.jit
 def _global(i, run, first, second):
-    """Global positions of local ones: two runs of length `run` from `first` and `second`, or one run of everything."""
-    return tl.where(i < run, first + i, second + i - run).to(tl.int64)
+    """uint32 global positions of local ones: two runs of length `run` from `first` and `second`, or one of all."""
+    return tl.where(i < run, first + i, second + i - run).to(tl.uint32)
 
 
 @triton.jit
-def _words(index, k0, k1, c1, c2, c3):
-    """Four uint32 words for uint32 counters; everything else as the int32 of the same bits."""
-    zero = tl.zeros_like(index)
-    return a.philox(
-        index, zero + c1.to(tl.uint32), zero + c2.to(tl.uint32), zero + c3.to(tl.uint32), zero + k0.to(tl.uint32),
-        zero + k1.to(tl.uint32),
-    )  # fmt: skip
+def _thresholds(y, row, col, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
+                R: tl.constexpr, N: tl.constexpr, E: tl.constexpr):  # fmt: skip
+    """[G, E] thresholds; one counter for eight elements of a row.
 
-
-@triton.jit
-def _element_noise(row, col, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
-                   R: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """[R, N] int32 in [0, 2^16); one counter for eight elements of a row."""
+    A condition that is never true ties the counters to y, so that each thread draws what its own elements need.
+    """
     r = _global(row + tl.arange(0, R), row_run, r0, r1)
     c = _global(col // 8 + tl.arange(0, N // 8), column_run, q0, q1)
-    w0, w1, w2, w3 = _words((r[:, None] * width + c[None, :]).to(tl.uint32), k0, k1, c1, c2, c3)
-    j0 = tl.join(w0 & 0xFFFF, w0 >> 16)
-    j1 = tl.join(w1 & 0xFFFF, w1 >> 16)
-    j2 = tl.join(w2 & 0xFFFF, w2 >> 16)
-    j3 = tl.join(w3 & 0xFFFF, w3 >> 16)
-    halves = tl.permute(tl.join(tl.join(j0, j2), tl.join(j1, j3)), (0, 1, 3, 4, 2))  # word, then half
-    return tl.reshape(halves, (R, N)).to(tl.int32)
+    index = tl.reshape(r[:, None] * width.to(tl.uint32) + c[None, :], (R * N // E, E // 8))
+    index = tl.where((a.every_eighth(y, R * N // E, E) | 1) == 0, 0, index)
+    w0, w1, w2, w3 = a.philox_of(index, k0, k1, c1, c2, c3)
+    return a.thresholds(w0, w1, w2, w3, R * N // E, E)
 
 
 @triton.jit
-def _errors(y, index, scale, unit, METRIC: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BR: tl.constexpr,
-            BC: tl.constexpr):  # fmt: skip
-    """[R/BR, N/BC] error of level indices under decode scales."""
-    level = a.e2m1_value(index)
-    value = a.with_sign(level, a.bits(y) < 0) * a.spread(scale, R, N, BR, BC) * unit
-    d = y - value
+def _error(y, level, scale, unit, METRIC: tl.constexpr, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+           BR: tl.constexpr):  # fmt: skip
+    """[G] error of levels under decode scales [G]."""
+    d = tl.abs(y) - level * scale[:, None] * unit
     if METRIC == 0:
-        error = a.block_tree_sum(d * d, R, N, BR, BC)
+        error = _block_sum(d * d, R, N, E, BR)
     elif METRIC == 1:
-        error = a.block_tree_sum(tl.abs(d), R, N, BR, BC)
+        error = _block_sum(tl.abs(d), R, N, E, BR)
     else:
-        error = a.floats(a.block_max_bits(d, R, N, BR, BC))
+        error = _block_amax(d, R, N, E, BR)
     return error
+
+
+@triton.jit
+def _block_amax(y, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr):
+    """[G] max |y| of the block that each of G chunks belongs to, NaN (as bits above all) where one is."""
+    found = a.largest(y, R * N // E, E)
+    if BR > 1:
+        rows = tl.max(tl.reshape(a.magnitude_bits(found), (R // BR, BR, N // E)), axis=1)
+        found = a.floats(a.over_rows(rows, R, N // E, BR))
+    return found
+
+
+@triton.jit
+def _block_sum(z, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr):
+    """[G] sums of blocks, columns before rows."""
+    total = a.row_tree_sum(z, R * N // E, E)
+    if BR > 1:
+        turned = tl.reshape(tl.permute(tl.reshape(total, (R // BR, BR, N // E)), (0, 2, 1)), (R // BR * (N // E), BR))
+        sums = tl.reshape(a.row_tree_sum(turned, R // BR * (N // E), BR), (R // BR, N // E))
+        total = a.over_rows(sums, R, N // E, BR)
+    return total
 
 
 @triton.jit
@@ -147,68 +241,101 @@ def _power_byte(found, RULE: tl.constexpr, finer):
 
 
 @triton.jit
-def _quest_step(y, factor, STD: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """[R/BR, N/BC] factor * standard deviation (or root mean square)."""
-    exponent = (a.block_max_bits(y, R, N, BR, BC) >> 23) & 0xFF
+def _quest_step(y, factor, STD: tl.constexpr, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr):
+    """[G] factor * standard deviation (or root mean square)."""
+    exponent = (a.bits(_block_amax(y, R, N, E, BR)) >> 23) & 0xFF
     unit = a.decode_e8m0(exponent)
-    z = y * a.spread(tl.div_rn(1.0, unit), R, N, BR, BC)
-    n = tl.full((R // BR, N // BC), BR * BC, tl.float32)
+    z = y * tl.div_rn(1.0, unit)[:, None]
+    n = tl.full((R * N // E,), BR * E, tl.float32)
     if STD:
-        z = z - a.spread(tl.div_rn(a.block_tree_sum(z, R, N, BR, BC), n), R, N, BR, BC)
-    return tl.sqrt_rn(tl.div_rn(a.block_tree_sum(z * z, R, N, BR, BC), n)) * factor * unit
+        z = z - tl.div_rn(_block_sum(z, R, N, E, BR), n)[:, None]
+    return tl.sqrt_rn(tl.div_rn(_block_sum(z * z, R, N, E, BR), n)) * factor * unit
 
 
 @triton.jit
-def _store(index, y, u, stored, codes, scales, row, col, rows, cols,
-           R: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """Pack codes two a byte, and write the bytes of the scales."""
-    code = index | tl.where((a.bits(y) < 0) & (u == u), 8, 0)  # a NaN has no sign
-    low, high = tl.split(tl.reshape(code, (R, N // 2, 2)))
-    r = row + tl.arange(0, R)
-    c = col // 2 + tl.arange(0, N // 2)
-    inside = (r[:, None] < rows) & (c[None, :] < cols // 2)
-    tl.store(codes + r[:, None].to(tl.int64) * (cols // 2) + c[None, :], (low | high << 4).to(tl.uint8), mask=inside)
-    r = row // BR + tl.arange(0, R // BR)
-    c = col // BC + tl.arange(0, N // BC)
-    inside = (r[:, None] < rows // BR) & (c[None, :] < cols // BC)
-    if stored.dtype == tl.float32:
-        tl.store(scales + r[:, None].to(tl.int64) * (cols // BC) + c[None, :], stored, mask=inside)
+def _store_codes(words, codes, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr):
+    """[G, E/8] words of eight codes -> codes [rows, cols / 8] of the same words."""
+    r = row + tl.arange(0, R)[:, None]
+    c = col // 8 + tl.arange(0, N // 8)[None, :]
+    to = codes + (row.to(tl.int64) * (cols // 8) + (r - row) * (cols // 8) + c)
+    if EVEN:
+        tl.store(to, tl.reshape(words, (R, N // 8)))
     else:
-        tl.store(scales + r[:, None].to(tl.int64) * (cols // BC) + c[None, :], stored.to(tl.uint8), mask=inside)
+        tl.store(to, tl.reshape(words, (R, N // 8)), mask=(r < rows) & (c < cols // 8))
 
 
-@triton.jit(do_not_specialize=_PLACE)
-def quantize_kernel(
-    x, sr, sc, qscales, qglobal, signs, outer, codes, scales, top, rows, cols, numerator, inverse_v, v, before, finer,
-    factor, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
-    R: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
+@triton.jit
+def _store_scales(stored, scales, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+                  BR: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """[G] int32 scale bytes (or fp32 scales) -> scales [rows / BR, cols / E]."""
+    stored = tl.reshape(stored, (R, N // E))
+    if BR > 1:
+        stored = tl.max(tl.reshape(stored, (R // BR, BR, N // E)), axis=1)  # all rows of a block have the same
+    r = tl.arange(0, R // BR)[:, None]
+    c = col // E + tl.arange(0, N // E)[None, :]
+    to = scales + (row.to(tl.int64) // BR * (cols // E) + r * (cols // E) + c)
+    value = stored if stored.dtype == tl.float32 else stored.to(tl.uint8)
+    if EVEN:
+        tl.store(to, value)
+    else:
+        tl.store(to, value, mask=(row // BR + r < rows // BR) & (c < cols // E))
+
+
+@triton.jit
+def _store_carrier(level, y, scale, values, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+                   EVEN: tl.constexpr):  # fmt: skip
+    """[G, E] levels with the signs of y times decode scales [G] -> values [rows, cols / 2] words of two bf16."""
+    signed = a.floats(a.bits(level * scale[:, None]) | (a.bits(y) & -2147483648))
+    words = tl.reshape(a.bf16_pairs(signed, R * N // E, E), (R, N // 2))
+    r = tl.arange(0, R)[:, None]
+    c = col // 2 + tl.arange(0, N // 2)[None, :]
+    to = values + (row.to(tl.int64) * (cols // 2) + r * (cols // 2) + c)
+    if EVEN:
+        tl.store(to, words)
+    else:
+        tl.store(to, words, mask=(row + r < rows) & (c < cols // 2))
+
+
+@triton.jit
+def _side(
+    x, stride, qscales, qglobal, b0, root, s0, s1, s2, s3, outer, codes, scales, values, top, row, col, rows, cols,
+    numerator, inverse_v, v, before, finer, factor, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, NONZERO: tl.constexpr,
-    SRC: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
+    READ: tl.constexpr, P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr,
+    QE8M0: tl.constexpr, BACK: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
 ):  # fmt: skip
-    """RULE 0: E4M3 of the block's amax; 6: the better of it and 1.5 of it; 1 to 5: `_power_byte`; 7: MS-EDEN, whose
-    corrected scales stay fp32 here, their largest bits go to `top`. ROUND 0: nearest, 1: stochastic.
-    outer: the tensor's amax, under E4M3 scales, whose decode scale goes to `top`.
+    """Quantize one tile. RULE 0: E4M3 of the block's amax; 6: the better of it and 1.5 of it; 1 to 5: `_power_byte`;
+    7: MS-EDEN, whose corrected scales stay fp32 here, their largest bits go to `top`. ROUND 0: nearest, 1: stochastic.
+    outer: bits of the tensor's amax, under E4M3 scales, whose decode scale goes to `top`.
+    CARRIER 0: none, 1: in bf16, 2: one will be made in FP8, which needs the largest byte in `top`.
     """
-    row, col = tl.program_id(0) * R, tl.program_id(1) * N
-    y = _tile(x, sr, sc, qscales, qglobal, signs, row, col, rows, cols, R, N, ROT, SIGNED, SRC, QBR, QBC, QE8M0)
+    G: tl.constexpr = R * N // E
+    y = _tile(
+        x, stride, qscales, qglobal, s0, s1, s2, s3, row, col, rows, cols,
+        R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, b0, root,
+    )  # fmt: skip
     if RULE == 7:
-        q = tl.div_rn(a.floats(a.block_max_bits(y, R, N, BR, BC)), v)
-        u = y * a.spread(tl.where(q < a.FLT_MIN, 0.0, tl.div_rn(1.0, q)), R, N, BR, BC)
-        index = a.e2m1_nearest(tl.abs(u))
-        level = a.e2m1_value(index)
-        c = a.with_sign(level, a.bits(y) < 0)
-        uc = a.block_tree_sum(u * c, R, N, BR, BC)
-        s = tl.div_rn(a.block_tree_sum(u * u, R, N, BR, BC), uc)
+        q = tl.div_rn(_block_amax(y, R, N, E, BR), v)
+        u = tl.abs(y * tl.where(q < a.FLT_MIN, 0.0, tl.div_rn(1.0, q))[:, None])
+        level, index = a.nearest(u)
+        uc = a.row_tree_sum(u * level, G, E)
+        s = tl.div_rn(a.row_tree_sum(u * u, G, E), uc)
         corrected = q * tl.where(uc == 0.0, 1.0, s)
-        _store(index, y, u, corrected, codes, scales, row, col, rows, cols, R, N, BR, BC)
-        tl.atomic_max(top, tl.max(tl.max(a.magnitude_bits(corrected), axis=1), axis=0))
+        _store_codes(a.pack(index, y, G, E), codes, row, col, rows, cols, R, N, EVEN)
+        _store_scales(corrected, scales, row, col, rows, cols, R, N, E, BR, EVEN)
+        largest = tl.max(a.magnitude_bits(corrected), axis=0)
+        tl.atomic_max(top, largest)
+        if largest >= 0x7F800000:  # something is NaN: its code has no sign
+            words = a.pack(tl.where(u == u, index, 0x70000000), tl.where(u == u, y, 0.0), G, E)
+            _store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
     else:
         if (RULE == 0) | (RULE == 6):
-            amax = tl.load(outer)
+            amax = a.floats(tl.minimum(tl.load(outer), 0x7F800000))
             s_enc, unit = _outer_scale(amax, numerator)
             if (row == 0) & (col == 0):
-                tl.store(top, tl.where((a.bits(amax) & 0x7FFFFFFF) < 0x7F800000, unit, float("nan")))
-            raw = a.floats(a.block_max_bits(y, R, N, BR, BC)) * (s_enc * inverse_v)
+                tl.store(top, tl.where(a.bits(amax) < 0x7F800000, unit, float("nan")))
+            raw = _block_amax(y, R, N, E, BR) * (s_enc * inverse_v)
             stored = a.encode_e4m3(raw)
             if NONZERO:
                 stored = tl.maximum(stored, 1)
@@ -216,69 +343,171 @@ def quantize_kernel(
             multiplier = a.below(tl.div_rn(1.0, scale * unit), a.FLT_MAX)
         else:
             if RULE >= 4:
-                found = _quest_step(y, factor, STD, R, N, BR, BC) + 1e-8
+                found = _quest_step(y, factor, STD, R, N, E, BR) + 1e-8
             else:
-                found = a.floats(a.block_max_bits(y, R, N, BR, BC))
+                found = _block_amax(y, R, N, E, BR)
             stored = _power_byte(found, RULE, finer)
-            multiplier = tl.div_rn(1.0, a.decode_e8m0(stored))
+            scale = a.decode_e8m0(stored)
+            multiplier = tl.div_rn(1.0, scale)
             if RULE == 3:
                 multiplier = multiplier * 6.0
             multiplier = a.below(multiplier, a.FLT_MAX)
         z = y * before if RULE == 1 else y
-        u = a.below(tl.abs(z * a.spread(multiplier, R, N, BR, BC)), 6.0)
+        u = a.at_most(tl.abs(z * multiplier[:, None]), 6.0)
         if ROUND == 1:
-            index = a.e2m1_stochastic(
-                u, _element_noise(row, col, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1, R, N)
-            )
+            noise = _thresholds(y, row, col, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E)
+            level, index = a.stochastic(u, noise)
         else:
-            index = a.e2m1_nearest(u)
+            level, index = a.nearest(u)
         if RULE == 6:
             stored_4 = a.encode_e4m3(raw * 1.5)
             scale_4 = a.decode_e4m3(stored_4)
             multiplier = a.below(tl.div_rn(1.0, scale_4 * unit), a.FLT_MAX)
-            index_4 = a.e2m1_nearest(a.below(tl.abs(y * a.spread(multiplier, R, N, BR, BC)), 6.0))
-            better = _errors(y, index_4, scale_4, unit, METRIC, R, N, BR, BC) < _errors(
-                y, index, scale, unit, METRIC, R, N, BR, BC
+            level_4, index_4 = a.nearest(a.at_most(tl.abs(y * multiplier[:, None]), 6.0))
+            better = _error(y, level_4, scale_4, unit, METRIC, R, N, E, BR) < _error(
+                y, level, scale, unit, METRIC, R, N, E, BR
             )
             stored = tl.where(better, stored_4, stored)
-            index = tl.where(a.spread(better.to(tl.int32), R, N, BR, BC) != 0, index_4, index)
-        _store(index, y, u, stored, codes, scales, row, col, rows, cols, R, N, BR, BC)
+            scale = tl.where(better, scale_4, scale)
+            level = tl.where(better[:, None], level_4, level)
+            index = tl.where(better[:, None], index_4, index)
+        if CODES:
+            words = a.pack(index, y, G, E)
+            words = tl.where((scale == scale)[:, None], words, 0x77777777)  # a NaN has no sign
+            _store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
+            _store_scales(stored, scales, row, col, rows, cols, R, N, E, BR, EVEN)
+        if CARRIER == 1:
+            _store_carrier(level, y, scale, values, row, col, rows, cols, R, N, E, EVEN)
+        if CARRIER == 2:
+            tl.atomic_max(top, tl.max(tl.where(stored == 255, 0, stored), axis=0))
 
 
-@triton.jit(do_not_specialize=_PLACE)
-def round_scales_kernel(
-    corrected, s_dec, scales, number, blocks, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
-    B: tl.constexpr,
+@triton.jit(do_not_specialize=[*_PLACE, *_SIGNS, "b0"])
+def quantize_kernel(
+    x, stride, qscales, qglobal, b0, root, rows, cols, s0, s1, s2, s3, outer, codes, scales, values, top,
+    numerator, inverse_v, v, before, finer, factor, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
+    RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, NONZERO: tl.constexpr,
+    READ: tl.constexpr, P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr,
+    QE8M0: tl.constexpr, BACK: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
 ):  # fmt: skip
-    """fp32 block scales / S_dec -> E4M3 bytes, stochastically; one word of noise for each block."""
-    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    r = _global((i // blocks).to(tl.int32), row_run, r0, r1)
-    c = _global((i % blocks).to(tl.int32), column_run, q0, q1)
-    block = r * width + c
-    w0, w1, w2, w3 = _words((block // 4).to(tl.uint32), k0, k1, c1, c2, c3)
-    which = (block % 4).to(tl.int32)
-    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    value = tl.div_rn(tl.load(corrected + i, mask=i < number, other=0.0), tl.load(s_dec))
-    tl.store(scales + i, a.encode_e4m3_stochastic(value, word).to(tl.uint8), mask=i < number)
+    """One tile of one matrix; see `_side`."""
+    across = tl.cdiv(cols, N)
+    _side(
+        x, stride, qscales, qglobal, b0, root, s0, s1, s2, s3, outer, codes, scales, values, top,
+        tl.program_id(0) // across * R, tl.program_id(0) % across * N, rows, cols, numerator, inverse_v, v, before,
+        finer, factor, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
+        R, N, E, BR, ROT, SIGNED, RULE, METRIC, ROUND, STD, NONZERO, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, CODES,
+        CARRIER,
+    )  # fmt: skip
+
+
+_BOTH = [*_PLACE, *_SIGNS, *("t_" + name for name in (*_PLACE, *_SIGNS))]
 
 
 @triton.jit
-def carrier_kernel(
-    codes, scales, out, rows, cols, R: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-    E8M0: tl.constexpr,
+def _of_pair(rows, cols, R: tl.constexpr, N: tl.constexpr, T_R: tl.constexpr, T_N: tl.constexpr):
+    """(is it a tile of the transpose, row, column) of a program: those that read the same T_N x N elements of
+    x [rows, cols] follow each other, so that the second reading finds them in the cache.
+    """
+    STRAIGHT: tl.constexpr = T_N // R
+    EACH: tl.constexpr = STRAIGHT + N // T_R
+    region, i = tl.program_id(0) // EACH, tl.program_id(0) % EACH
+    across = tl.cdiv(cols, N)
+    row, col = region // across * T_N, region % across * N
+    turned = i >= STRAIGHT
+    return turned, tl.where(turned, col + (i - STRAIGHT) * T_R, row + i * R), tl.where(turned, row, col)
+
+
+@triton.jit(do_not_specialize=_BOTH)
+def pair_kernel(
+    x, stride, words, word_stride, rows, cols,
+    s0, s1, s2, s3, outer, codes, scales, values, top, numerator, inverse_v, v, before, finer, factor, k0, k1, c1,
+    c2, c3, width, row_run, r0, r1, column_run, q0, q1,
+    t_s0, t_s1, t_s2, t_s3, t_outer, t_codes, t_scales, t_values, t_top, t_numerator, t_inverse_v, t_v, t_before,
+    t_finer, t_factor, t_k0, t_k1, t_c1, t_c2, t_c3, t_width, t_row_run, t_r0, t_r1, t_column_run, t_q0, t_q1,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
+    RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, NONZERO: tl.constexpr, P:
+    tl.constexpr, W: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
+    T_R: tl.constexpr, T_N: tl.constexpr, T_E: tl.constexpr, T_BR: tl.constexpr, T_ROT: tl.constexpr, T_SIGNED:
+    tl.constexpr, T_RULE: tl.constexpr, T_METRIC: tl.constexpr, T_ROUND: tl.constexpr, T_STD: tl.constexpr,
+    T_NONZERO: tl.constexpr, T_P: tl.constexpr, T_W: tl.constexpr, T_CODES: tl.constexpr, T_CARRIER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales -> bf16 code * scale."""
-    r = tl.program_id(0) * R + tl.arange(0, R)
-    half = tl.program_id(1) * (N // 2) + tl.arange(0, N // 2)
-    inside = (r[:, None] < rows) & (half[None, :] < cols // 2)
-    byte = tl.load(codes + r[:, None].to(tl.int64) * (cols // 2) + half[None, :], mask=inside, other=0).to(tl.int32)
-    code = tl.reshape(tl.join(byte & 15, byte >> 4), (R, N))
-    block = tl.program_id(1) * (N // BC) + tl.arange(0, N // BC)
-    within = (r[:, None] < rows) & (block[None, :] < cols // BC)
-    stored = tl.load(scales + (r[:, None] // BR).to(tl.int64) * (cols // BC) + block[None, :], mask=within, other=0)
-    scale = a.decode_e8m0(stored.to(tl.int32)) if E8M0 else a.decode_e4m3(stored.to(tl.int32))
-    level = a.e2m1_value(code & 7)
-    value = a.with_sign(level, code > 7) * a.spread(scale, R, N, 1, BC)
-    word = (a.bits(value) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)  # exact: nothing is cut
-    c = tl.program_id(1) * N + tl.arange(0, N)
-    tl.store(out + r[:, None].to(tl.int64) * cols + c[None, :], word, mask=(r[:, None] < rows) & (c[None, :] < cols))
+    """Tiles of x [rows, cols], and of x^T with what begins with t_; see `_side`. words: x, as `_turned` reads it."""
+    turned, row, col = _of_pair(rows, cols, R, N, T_R, T_N)
+    if turned:
+        _side(
+            words, word_stride, words, words, 0, 1.0, t_s0, t_s1, t_s2, t_s3, t_outer, t_codes, t_scales, t_values,
+            t_top, row, col, cols, rows, t_numerator, t_inverse_v, t_v, t_before, t_finer, t_factor, t_k0, t_k1, t_c1,
+            t_c2, t_c3, t_width, t_row_run, t_r0, t_r1, t_column_run, t_q0, t_q1, T_R, T_N, T_E, T_BR, T_ROT,
+            T_SIGNED, T_RULE, T_METRIC, T_ROUND, T_STD, T_NONZERO, 1, T_P, T_W, EVEN, 1, 16, False, 1, T_CODES,
+            T_CARRIER,
+        )  # fmt: skip
+    else:
+        _side(
+            x, stride, x, x, 0, 1.0, s0, s1, s2, s3, outer, codes, scales, values, top, row, col, rows, cols,
+            numerator, inverse_v, v, before, finer, factor, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run,
+            q0, q1, R, N, E, BR, ROT, SIGNED, RULE, METRIC, ROUND, STD, NONZERO, 0, P, W, EVEN, 1, 16, False, 1,
+            CODES, CARRIER,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*_SIGNS, *("t_" + name for name in _SIGNS)])
+def pair_amax_kernel(
+    x, stride, words, word_stride, rows, cols, s0, s1, s2, s3, top, t_s0, t_s1, t_s2, t_s3, t_top,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, P: tl.constexpr,
+    W: tl.constexpr, T_R: tl.constexpr, T_N: tl.constexpr, T_E: tl.constexpr, T_ROT: tl.constexpr,
+    T_SIGNED: tl.constexpr, T_P: tl.constexpr, T_W: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The largest magnitude bits of x and of x^T after their rotations, into `top` and `t_top`, which start at 0."""
+    turned, row, col = _of_pair(rows, cols, R, N, T_R, T_N)
+    if turned:
+        y_t = _tile(
+            words, word_stride, words, words, t_s0, t_s1, t_s2, t_s3, row, col, cols, rows, T_R, T_N, T_E,
+            T_ROT, T_SIGNED, 1, T_P, T_W, EVEN, 1, 16, False,
+        )  # fmt: skip
+        tl.atomic_max(t_top, tl.max(a.bits(a.largest(y_t, T_R * T_N // T_E, T_E)), axis=0))
+    else:
+        y = _tile(
+            x, stride, x, x, s0, s1, s2, s3, row, col, rows, cols, R, N, E, ROT, SIGNED, 0, P, W, EVEN, 1, 16,
+            False, 1,
+        )  # fmt: skip
+        tl.atomic_max(top, tl.max(a.bits(a.largest(y, R * N // E, E)), axis=0))
+
+
+@triton.jit(do_not_specialize=_PLACE)
+def eden_kernel(
+    codes, corrected, largest, scales, values, s_dec, number, blocks, budget, k0, k1, c1, c2, c3, width, row_run, r0,
+    r1, column_run, q0, q1, B: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
+):  # fmt: skip
+    """MS-EDEN once the largest corrected scale is known (its bits): fp32 block scales / S_dec -> E4M3, stochastically,
+    one word of noise for each of `number` blocks of 16; their bytes, or the bf16 carrier, or both; S_dec itself.
+    """
+    first = tl.program_id(0).to(tl.int64) * B
+    i = tl.arange(0, B)
+    inside = first + i < number
+    found = tl.load(corrected + first + i, mask=inside, other=0.0)
+    if CARRIER:
+        two = tl.arange(0, 2)[None, :, None]
+        words = tl.load(codes + first * 2 + (i[:, None, None] * 2 + two), mask=inside[:, None, None], other=0)
+    largest = a.floats(tl.minimum(tl.load(largest), 0x7F800000))
+    shared = tl.div_rn(largest, budget)
+    divisor = tl.where(shared == 0.0, 1.0, shared)
+    if first == 0:
+        tl.store(s_dec, tl.where((a.bits(shared) & 0x7FFFFFFF) < 0x7F800000, divisor, float("nan")))
+    g = (first + i).to(tl.int32)
+    r = _global(g // blocks, row_run, r0, r1)
+    c = _global(g % blocks, column_run, q0, q1)
+    block = r.to(tl.uint64) * width.to(tl.uint32) + c
+    w0, w1, w2, w3 = a.philox_of((block // 4).to(tl.uint32), k0, k1, c1, c2, c3)
+    which = (block % 4).to(tl.int32)
+    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    wanted = tl.div_rn(found, divisor)
+    byte = a.encode_e4m3_stochastic(wanted, word)
+    if CODES:
+        tl.store(scales + first + i, byte.to(tl.uint8), mask=inside)
+    if CARRIER:
+        level = a.unpack(words, B, 2) * a.decode_e4m3(byte)[:, None]
+        pair = tl.arange(0, 8)[None, :]
+        tl.store(values + first * 8 + i[:, None] * 8 + pair, a.bf16_pairs(level, B, 16), mask=inside[:, None])

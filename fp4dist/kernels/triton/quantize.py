@@ -4,53 +4,85 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.triton.programs import amax_kernel, quantize_kernel, round_scales_kernel
+from fp4dist.kernels.triton.carriers import FP8_TYPES, carrier_of
+from fp4dist.kernels.triton.filters import original
+from fp4dist.kernels.triton.launch import integer, launch
+from fp4dist.kernels.triton.programs import amax_kernel, eden_kernel, pair_amax_kernel, pair_kernel, quantize_kernel
+from fp4dist.kernels.triton.signs import Words, sign_words
 from fp4dist.numerics.grouping import ReduceMax
 from fp4dist.numerics.rng import MASK, run_words
-from fp4dist.numerics.rotation import sign_vector
 from fp4dist.numerics.scales import QUEST_E2M1, fp32, target_max
-from fp4dist.numerics.tensor import BlockScaledTensor, Key
-from fp4dist.spec.blocks import AbsMax, Ceil, Eden, Floor, FourOverSix, Nearest, Quest, Stochastic
+from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
+from fp4dist.spec.blocks import AbsMax, Ceil, Eden, Floor, FourOverSix, Hadamard, Nearest, Quest, Stochastic
 from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """What a kernel reads: a matrix in the output's orientation with any strides, or codes of its transpose."""
+class _Source(NamedTuple):
+    """What a kernel reads, in the output's orientation.
 
+    READ   0: rows; 1: the transpose of rows; 2: codes of the transpose (see `programs`)
+    tensor, stride   the memory, and elements (or words of two) from one of its rows to the next
+    turn   (size, signs) of the rotation that codes are turned back from
+    """
+
+    read: int
     tensor: Tensor
-    strides: tuple[int, int]
+    stride: int
     shape: tuple[int, int]
     codes: BlockScaledTensor | None = None
+    turn: tuple[int, int] = (1, 0)
 
     @classmethod
-    def of(cls, source: Tensor | BlockScaledTensor) -> _Source:
-        if isinstance(source, Tensor):
-            return cls(source, (source.stride(0), source.stride(1)), (source.shape[0], source.shape[1]))
-        return cls(source.codes, (0, 0), (source.shape[1], source.shape[0]), source)
+    def of(cls, source: Tensor | BlockScaledTensor, turn: tuple[int, int] = (1, 0)) -> _Source:
+        if not isinstance(source, Tensor):
+            columns, rows = source.shape
+            codes = source.codes if source.codes.stride(1) == 1 else source.codes.contiguous()
+            return cls(2, codes, codes.stride(0), (rows, columns), source, turn)
+        (rows, columns), (down, right) = source.shape, source.stride()
+        if right == 1:
+            return cls(0, source, down, (rows, columns))
+        if down != 1:
+            return cls.of(source.contiguous())
+        if source.dtype == torch.bfloat16 and rows % 2 == right % 2 == source.data_ptr() % 4 == 0:
+            return cls(1, source.t().view(torch.int32), right // 2, (rows, columns))
+        return cls(1, source.t(), right, (rows, columns))
 
-    def arguments(self) -> tuple[object, ...]:
-        """Pointers and strides in the order of the kernels' first five parameters."""
-        q = self.codes
-        return (
-            self.tensor, *self.strides, q.scales if q else self.tensor, q.global_scale if q else self.tensor,
-        )  # fmt: skip
+    def arguments(self) -> tuple[Any, ...]:
+        """The kernels' first eight parameters."""
+        q, (size, signs) = self.codes, self.turn
+        scales, shared = (q.scales, q.global_scale) if q else (self.tensor, self.tensor)
+        return self.tensor, self.stride, scales, shared, signs, fp32(size**-0.5), *self.shape
 
-    def constants(self) -> dict[str, object]:
-        """How codes are to be read."""
+    def layout(self) -> tuple[Any, ...]:
+        """All that decides which compiled kernel reads it: of its size only what tiles and Triton ask for."""
+        q, t, (rows, cols) = self.codes, self.tensor, self.shape
+        aligned = t.data_ptr() % 16 == 0 and (q is None or q.scales.data_ptr() % 16 == 0)
+        block = None if q is None else (q.block, q.format.scale.name)
+        sizes = rows == 1, min(rows & -rows, 128), min(cols & -cols, 128), integer(self.stride)
+        return self.read, t.dtype, sizes, aligned, block, self.turn[0], t.device
+
+    def constants(self) -> dict[str, Any]:
+        """How the memory is to be read."""
         q = self.codes
         block = q.block if q else (1, 16)
+        words = self.tensor.dtype == torch.int32 or self.read == 2
+        vector = 16 // self.tensor.element_size()
         return {
-            "SRC": q is not None,
+            "READ": self.read,
+            "P": vector if self.read == 0 else 2 if words else 1,
             "QBR": block[0],
             "QBC": block[1],
             "QE8M0": bool(q) and q.format.scale.name == "e8m0",
+            "BACK": self.turn[0],
         }
 
 
@@ -77,112 +109,392 @@ def why_not(spec: QuantSpec) -> str | None:
     return next((f"the Triton quantizer has no {what}" for missing, what in lacks if missing), None)
 
 
-def quantize(
-    source: Tensor | BlockScaledTensor, spec: QuantSpec, key: Key | None = None, reduce_max: ReduceMax | None = None
-) -> BlockScaledTensor:
-    """The codes of a matrix, or of the transpose of forward codes: see `fp4dist.numerics.quantize`."""
-    src = _Source.of(source)
-    rows, cols = src.shape
-    device = src.tensor.device
-    block = spec.shape
-    signs = sign_vector(spec.rotation, key, device) if spec.rotation else None
-    launch = _Launch(src, spec, signs)
-    codes = torch.empty((rows, cols // 2), dtype=torch.uint8, device=device)
-    scales = torch.empty((rows // block[0], cols // block[1]), dtype=torch.uint8, device=device)
-    rotation = spec.rotation.size if spec.rotation else 1
-    if isinstance(spec.rounding, Eden):
-        s_dec = _eden(launch, spec.rounding, key, reduce_max, codes, scales)
-        return BlockScaledTensor(codes, scales, s_dec, spec.format, block, rotation)
-    if spec.format.scale.name == "e4m3":
-        assert isinstance(spec.rule, AbsMax | FourOverSix)
-        amax = launch.amax()
-        amax = reduce_max(amax) if reduce_max is not None else amax
-        s_dec = torch.empty((), dtype=torch.float32, device=device)
-        v = target_max(E2M1.max, spec.rule.headroom)
-        launch.run(codes, scales, key, outer=amax, numerator=fp32(fp32(spec.rule.budget) * v), v=v, top=s_dec)
+class Side(NamedTuple):
+    """How one of the two operands of `quantize_pair` is quantized: the arguments of `quantize`."""
+
+    spec: QuantSpec
+    key: Key | None = None
+    reduce_max: ReduceMax | None = None
+    want: Want = CODES
+
+
+def why_not_pair(row: QuantSpec, column: QuantSpec) -> str | None:
+    """Why `quantize_pair` cannot take these two specs, or None."""
+    return why_not(row) or why_not(column)
+
+
+def quantize_pair(
+    x: Tensor, row: Side, column: Side
+) -> tuple[BlockScaledTensor | Carrier, BlockScaledTensor | Carrier]:
+    """The operands of x [T, O] and of x^T [O, T]; bits as of two calls of `quantize`.
+
+    One launch finds the amax of both, and one writes both where reading x is what takes the time; where arithmetic is
+    (noise, MS-EDEN, small carriers), two launches need fewer registers each and are faster.
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    jobs = _Job(x, row), _Job(x.t(), column)
+    if all(job.form.amax is not None for job in jobs):
+        _measure_pair(*jobs)
     else:
-        launch.run(codes, scales, key)
-        s_dec = torch.full((), _common_factor(spec), device=device)
-    return BlockScaledTensor(codes, scales, s_dec, spec.format, block, rotation)
+        for job in jobs:
+            job.measure()
+    if all(job.form.light for job in jobs):
+        _launch_pair(pair_kernel, *jobs, (*jobs[0].arguments(), *jobs[1].arguments()), _TOLD, "pair")
+    else:
+        for job in jobs:
+            job.run()
+    return jobs[0].result(), jobs[1].result()
+
+
+def quantize(
+    source: Tensor | BlockScaledTensor, spec: QuantSpec, key: Key | None = None, reduce_max: ReduceMax | None = None,
+    toward: Tensor | None = None, *, want: Want = CODES,
+) -> BlockScaledTensor | Carrier:  # fmt: skip
+    """The codes of a matrix, or of the transpose of forward codes: see `fp4dist.numerics.quantize`.
+
+    want   codes, or the carrier of a GEMM (bf16, or FP8 under power-of-two scales), or both; without codes none are
+           written, unless an FP8 carrier is made of them
+    """
+    if toward is not None:
+        raise ValueError(f"{spec.label()}: the Triton quantizer takes no moving average")
+    return _run(_Job(source, Side(spec, key, reduce_max, want)))
 
 
 def requantize(
-    q: BlockScaledTensor, spec: QuantSpec, key: Key | None = None, reduce_max: ReduceMax | None = None
-) -> BlockScaledTensor:
-    """The codes of `q`'s transpose, decoded in registers; see `fp4dist.numerics.requantize`."""
-    if q.rotation != 1:
-        raise ValueError(f"requantize needs codes in the original basis, got rotation {q.rotation}")
-    return quantize(q, spec, key, reduce_max)
+    q: BlockScaledTensor, spec: QuantSpec, key: Key | None = None, reduce_max: ReduceMax | None = None, *,
+    want: Want = CODES, back: tuple[Hadamard | None, Key | None] | None = None,
+) -> BlockScaledTensor | Carrier:  # fmt: skip
+    """The codes of `q`'s transpose, decoded in registers; see `fp4dist.numerics.requantize`.
+
+    back   (rotation, key) whose basis the codes are in: their values are turned back from it first
+    """
+    if q.rotation == 1:
+        return quantize(q, spec, key, reduce_max, want=want)
+    if back is None or back[0] is None or back[0].size != q.rotation:
+        raise ValueError(f"requantize needs codes in the original basis, or that basis, got rotation {q.rotation}")
+    if q.rotation > 32 or (spec.rotation is not None and spec.rotation.size > _BACK[1]):
+        return quantize(original(q, back[0], back[1]).t(), spec, key, reduce_max, want=want)
+    source = _Source.of(q, (q.rotation, _signs(*back)[0]))
+    return _run(_Job(source, Side(spec, key, reduce_max, want)))
 
 
-def _eden(
-    launch: _Launch, eden: Eden, key: Key | None, reduce_max: ReduceMax | None, codes: Tensor, scales: Tensor
-) -> Tensor:
-    """Codes and corrected scales, then their global scale, then the stochastic rounding of the scales."""
-    corrected = torch.empty(scales.shape, dtype=torch.float32, device=codes.device)
-    top = torch.zeros((), dtype=torch.int32, device=codes.device)
-    launch.run(codes, corrected, key, v=target_max(E2M1.max, eden.headroom), top=top)
-    largest = _finite_or_inf(top)
-    largest = reduce_max(largest) if reduce_max is not None else largest
-    s_dec = largest / torch.full((), eden.budget, device=codes.device)
-    divisor = torch.where(s_dec == 0, 1.0, s_dec)
-    blocks = launch.spec.shape[1]
-    place = _place(key, corrected.shape[0], corrected.shape[1], blocks)
-    number = corrected.numel()
-    round_scales_kernel[(-(-number // 1024),)](
-        corrected, divisor, scales, number, corrected.shape[1], *place, B=1024, enable_fp_fusion=False
-    )
-    return torch.where(s_dec.isfinite(), divisor, float("nan"))
+def _run(job: _Job) -> BlockScaledTensor | Carrier:
+    job.measure()
+    job.run()
+    return job.result()
 
 
-@dataclass(frozen=True, slots=True)
-class _Launch:
-    """One matrix under one spec."""
+def amax(x: Tensor) -> Tensor:
+    """[] fp32 max |x| of a tensor of any shape; NaN if any element is."""
+    src = _Source.of(x.reshape(-1, x.shape[-1] if x.dim() > 1 else x.numel()))
+    return _largest(_Amax.of(src, 16, 1, False), src, (0, 0, 0, 0)).view(torch.float32)
 
-    src: _Source
+
+UNROTATES = True  # `requantize` takes `back`
+# (rows, columns) of a tile and warps, by how the matrix is read (READ of `programs`) and the columns of a block: the
+# fastest of those tried on an H100 with 16384 x 4096 bf16.
+_TILES = {
+    (0, 16): (32, 128, 4), (0, 32): (32, 128, 4), (1, 16): (64, 64, 4), (1, 32): (64, 128, 4),
+    (2, 16): (32, 128, 4), (2, 32): (64, 128, 4),
+}  # fmt: skip
+_WIDE = {(1, 16): (64, 128, 8)}  # for rotations that do not fit into the columns above
+_BACK = (128, 64, 4)  # for codes that are turned back: a warp has 32 rows side by side
+_EDEN = {(0, 16): (16, 128, 4)}  # more registers a block
+_STRIP = 1024  # columns that a program looks through for the amax
+
+
+def _tile(src: _Source, block: tuple[int, int], rotation: int, signed: bool, eden: bool = False) -> dict[str, Any]:
+    """The constants that every kernel has for its tile of `src`, and the options of its launch."""
+    kind = src.read, block[1]
+    rows, columns, warps = _EDEN.get(kind, _TILES[kind]) if eden else _TILES[kind]
+    if columns < rotation:
+        rows, columns, warps = _WIDE[kind]
+    if src.turn[0] > 1:
+        rows, columns, warps = _BACK
+    return {
+        "R": max(rows, block[0]), "N": columns, "E": block[1], "ROT": rotation, "SIGNED": signed,
+        "W": 32 * block[1] // columns, **src.constants(), "num_warps": warps, "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+def _programs(shape: tuple[int, int], rows: int, columns: int) -> int:
+    """Tiles of a matrix."""
+    return -(-shape[0] // rows) * -(-shape[1] // columns)
+
+
+class _Amax(NamedTuple):
+    """A launch of `amax_kernel` for all matrices of one layout.
+
+    steps   tiles that a program looks through
+    """
+
+    form: Hashable
+    constants: dict[str, Any]
+    steps: int
+
+    @classmethod
+    def of(cls, src: _Source, columns: int, rotation: int, signed: bool) -> _Amax:
+        width = _width(src.shape[1])
+        form = ("amax", columns, rotation, signed, width, src.layout())
+        found = _AMAX.get(form)
+        if found is None:
+            constants = _tile(src, (1, columns), rotation, signed)
+            r, n = constants["R"], constants["N"]
+            steps = max(1, width // n)
+            even = src.shape[0] % r == 0 and src.shape[1] % (n * steps) == 0
+            found = _AMAX[form] = cls(form, {**constants, "EVEN": even, "STEPS": steps}, steps)
+        return found
+
+
+def _width(columns: int) -> int:
+    """Of the strip that a program of `amax_kernel` looks through: one that divides, unless only narrow ones do."""
+    width = min(columns & -columns, _STRIP)
+    return width if width >= _STRIP // 2 else _STRIP
+
+
+_AMAX: dict[Hashable, _Amax] = {}
+
+
+def _largest(amax: _Amax, src: _Source, signs: Words) -> Tensor:
+    """[] int32 bits of max |x|; above those of Inf where something is NaN."""
+    top = torch.zeros((), dtype=torch.int32, device=src.tensor.device)
+    constants = amax.constants
+    programs = _programs(src.shape, constants["R"], constants["N"] * amax.steps)
+    launch(amax_kernel, programs, (*src.arguments(), *signs, top), constants, amax.form)
+    return top
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Form:
+    """What is the same for all matrices of one layout under one spec.
+
+    scalars   the kernel's arguments from numerator to factor
+    form      names the compiled kernel
+    """
+
     spec: QuantSpec
-    signs: Tensor | None
+    form: Hashable
+    constants: dict[str, Any]
+    scalars: tuple[float, ...]
+    rotation: int
+    power: bool
+    eden: Eden | None
+    noisy: bool
+    narrow: bool
+    amax: _Amax | None
 
-    def grid(self) -> tuple[tuple[int, int], dict[str, object]]:
-        """(programs, tile): wide tiles along the dimension that is contiguous in memory."""
-        rows, cols = self.src.shape
-        size = self.spec.rotation.size if self.spec.rotation else 1
-        turned = self.src.codes is not None or self.src.strides[1] != 1
-        r, n = (64, max(32, size)) if turned else (16, 128)
-        r = max(r, self.spec.shape[0])
-        tile = {"R": r, "N": n, "ROT": size, "SIGNED": self.signs is not None, **self.src.constants()}
-        return (-(-rows // r), -(-cols // n)), {**tile, "num_warps": 4, "enable_fp_fusion": False}
+    @property
+    def light(self) -> bool:
+        """Whether memory, not arithmetic, bounds it."""
+        return self.constants["RULE"] == 0 and self.rotation <= (1 if self.noisy else 16)
 
-    def amax(self) -> Tensor:
-        """[] fp32 max |x| after the rotation; Inf where something is NaN."""
-        top = torch.zeros((), dtype=torch.int32, device=self.src.tensor.device)
-        programs, tile = self.grid()
-        signs = self.signs if self.signs is not None else self.src.tensor
-        steps = min(16, programs[1])
-        strips = (programs[0], -(-programs[1] // steps))
-        amax_kernel[strips](*self.src.arguments(), signs, top, *self.src.shape, STEPS=steps, **tile)
-        return _finite_or_inf(top)
+    @classmethod
+    def of(cls, src: _Source, spec: QuantSpec, want: Want, signed: bool) -> _Form:
+        form = (_number(spec), want, signed, _width(src.shape[1]), src.layout())
+        found = _FORMS.get(form)
+        if found is None:
+            found = _FORMS[form] = cls._new(src, spec, want, signed, form)
+        return found
 
-    def run(
-        self, codes: Tensor, scales: Tensor, key: Key | None, *, outer: Tensor | None = None, numerator: float = 0.0,
-        v: float = 6.0, top: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Fill `codes` and `scales`."""
-        spec, rule = self.spec, self.spec.rule
-        programs, tile = self.grid()
-        none = self.src.tensor
-        place = _place(key if isinstance(spec.rounding, Stochastic) else None, *self.src.shape, 8)
-        factor = fp32(QUEST_E2M1 if getattr(rule, "factor", None) is None else rule.factor)  # type: ignore[union-attr]
-        quantize_kernel[programs](
-            *self.src.arguments(), self.signs if self.signs is not None else none, outer if outer is not None else none,
-            codes, scales, top if top is not None else none, *self.src.shape, numerator, fp32(1.0 / v), v,
+    @classmethod
+    def _new(cls, src: _Source, spec: QuantSpec, want: Want, signed: bool, form: Hashable) -> _Form:
+        rule, rounding = spec.rule, spec.rounding
+        power, narrow = spec.format.scale.name == "e8m0", want.carrier in FP8_TYPES
+        if want.carrier is not None and want.carrier != torch.bfloat16 and not (narrow and power):
+            raise ValueError(f"{spec.label()} has no carrier in {want.carrier}; ask for bf16")
+        eden = rounding if isinstance(rounding, Eden) else None
+        rotation = spec.rotation.size if spec.rotation else 1
+        rows, cols = src.shape
+        carrier = 2 if narrow else int(want.carrier is not None)
+        constants = {
+            "BR": spec.shape[0], "RULE": _rule_number(spec),
+            "METRIC": {"mse": 0, "mae": 1, "absmax": 2}[rule.metric] if isinstance(rule, FourOverSix) else 0,
+            "ROUND": int(isinstance(rounding, Stochastic)),
+            "STD": isinstance(rule, Quest) and rule.spread == "std",
+            "NONZERO": isinstance(rule, AbsMax) and rule.nonzero, "CODES": want.codes or narrow or eden is not None,
+            "CARRIER": 0 if eden else carrier, **_tile(src, spec.shape, rotation, signed, eden is not None),
+        }  # fmt: skip
+        r, n = constants["R"], constants["N"]
+        v = target_max(E2M1.max, eden.headroom if eden else getattr(rule, "headroom", 1.0))
+        factor = getattr(rule, "factor", None)
+        scalars = (
+            fp32(fp32(getattr(rule, "budget", 1.0)) * v), fp32(1.0 / v), v,
             fp32(1.0 / rule.headroom) if isinstance(rule, Floor) else 1.0,
-            fp32(rule.finer_below) if isinstance(rule, Ceil) else 0.0, factor, *place,
-            BR=spec.shape[0], BC=spec.shape[1], RULE=_rule_number(spec),
-            METRIC={"mse": 0, "mae": 1, "absmax": 2}[rule.metric] if isinstance(rule, FourOverSix) else 0,
-            ROUND=int(isinstance(spec.rounding, Stochastic)), STD=isinstance(rule, Quest) and rule.spread == "std",
-            NONZERO=isinstance(rule, AbsMax) and rule.nonzero, **tile,
+            fp32(rule.finer_below) if isinstance(rule, Ceil) else 0.0,
+            fp32(QUEST_E2M1 if factor is None else factor),
         )  # fmt: skip
+        constants["EVEN"] = rows % r == 0 and cols % n == 0
+        if constants["RULE"] == 6 and want.codes and carrier:
+            constants["maxnreg"] = 128  # a few more, and a quarter fewer warps fit on a multiprocessor
+        return cls(
+            spec, ("quantize", form), constants, scalars, rotation, power, eden, isinstance(rounding, Stochastic),
+            narrow, None if power or eden else _Amax.of(src, spec.shape[1], rotation, signed),
+        )  # fmt: skip
+
+
+def _signs(rotation: Hadamard | None, key: Key | None) -> Words:
+    """`sign_words`, drawn once for both operands of a GEMM."""
+    if rotation is None or rotation.signs == "none":
+        return 0, 0, 0, 0
+    if rotation.signs == "fixed" or key is None:
+        return _drawn(rotation)
+    return _drawn(rotation, key.seed, key.layer, key.step, key.micro_batch, key.slot // 2 * 2)
+
+
+@lru_cache(maxsize=1024)
+def _drawn(rotation: Hadamard, *place: int) -> Words:
+    return sign_words(rotation, Key(*place) if place else None)
+
+
+_FORMS: dict[Hashable, _Form] = {}
+_NUMBERS: dict[QuantSpec, int] = {}
+_SEEN: dict[int, tuple[QuantSpec, int]] = {}
+
+
+def _number(spec: QuantSpec) -> int:
+    """A number for each different spec; looked up by identity, because hashing a spec takes longer than a launch."""
+    seen = _SEEN.get(id(spec))
+    if seen is None:
+        if len(_SEEN) > 4096:  # specs that are made anew at each call
+            _SEEN.clear()
+        seen = _SEEN[id(spec)] = spec, _NUMBERS.setdefault(spec, len(_NUMBERS))
+    return seen[1]
+
+
+class _Job:
+    """One matrix, quantized: its outputs, and what a launch that fills them is told.
+
+    s_dec     [] fp32 the scale of the tensor
+    counters  [2] int32, 0 at first: MS-EDEN's largest corrected scale, or the largest byte; elements that FP8 loses
+    outer     [] int32 bits of the logical tensor's amax, where the scales need it
+    """
+
+    def __init__(self, source: _Source | Tensor | BlockScaledTensor, side: Side) -> None:
+        spec, self.key, self.reduce_max, self.want = side
+        self.src = src = source if isinstance(source, _Source) else _Source.of(source)
+        self.signs = _signs(spec.rotation, self.key)
+        self.form = form = _Form.of(src, spec, self.want, any(self.signs))
+        rows, cols = src.shape
+        grid = rows // spec.shape[0], cols // spec.shape[1]
+        self.device = device = src.tensor.device
+        self.codes = self.scales = self.values = self.corrected = self.counters = self.outer = None
+        if form.constants["CODES"]:
+            self.codes = torch.empty((rows, cols // 8), dtype=torch.int32, device=device)
+        if self.want.codes or form.narrow:
+            self.scales = torch.empty(grid, dtype=torch.uint8, device=device)
+        if self.want.carrier == torch.bfloat16:
+            self.values = torch.empty((rows, cols // 2), dtype=torch.int32, device=device)
+        if form.eden:
+            self.corrected = torch.empty(grid, dtype=torch.float32, device=device)
+        if form.narrow or form.eden:
+            self.counters = torch.zeros(2, dtype=torch.int32, device=device)
+        if form.power:
+            self.s_dec = _common_factor(spec, device)
+        else:
+            self.s_dec = torch.empty((), dtype=torch.float32, device=device)
+
+    def measure(self) -> None:
+        """Find the amax, if the scales need it."""
+        if self.form.amax is not None:
+            self.outer = self.reduced(_largest(self.form.amax, self.src, self.signs))
+
+    def reduced(self, top: Tensor) -> Tensor:
+        """Bits of the logical tensor's largest magnitude from those of this shard's; kernels read a NaN's as Inf's."""
+        if self.reduce_max is None:
+            return top
+        return self.reduce_max(top.clamp(max=0x7F800000).view(torch.float32)).view(torch.int32)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What changes from call to call, in the order of `quantize_kernel`'s parameters from s0 on."""
+        form, none = self.form, self.src.tensor
+        scales = self.corrected if form.eden else self.scales
+        top = self.counters if self.counters is not None else self.s_dec
+        return (
+            *self.signs, none if self.outer is None else self.outer, none if self.codes is None else self.codes,
+            none if scales is None else scales, none if self.values is None or form.eden else self.values, top,
+            *form.scalars, *_place(self.key if form.noisy else None, *self.src.shape, 8),
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """Fill the outputs from the matrix alone."""
+        constants = self.form.constants
+        programs = _programs(self.src.shape, constants["R"], constants["N"])
+        launch(quantize_kernel, programs, (*self.src.arguments(), *self.arguments()), constants, self.form.form)
+
+    def result(self) -> BlockScaledTensor | Carrier:
+        """What was asked for, once the kernel has run."""
+        form, spec, carrier = self.form, self.form.spec, None
+        if form.eden:
+            self._round_scales(form.eden)
+        if self.values is not None:
+            carrier = Carrier(self.values.view(torch.bfloat16), self.s_dec, form.rotation)
+        if self.codes is None or self.scales is None:
+            assert carrier is not None
+            return carrier
+        codes = self.codes.view(torch.uint8)
+        q = BlockScaledTensor(codes, self.scales, self.s_dec, spec.format, spec.shape, form.rotation)
+        if form.narrow:
+            assert self.want.carrier is not None
+            carrier = carrier_of(q, self.want.carrier, counters=self.counters)
+        if carrier is None:
+            return q
+        return replace(q, carrier=carrier) if self.want.codes else carrier
+
+    def _round_scales(self, eden: Eden) -> None:
+        """MS-EDEN's scales, and its carrier, from codes and corrected scales."""
+        corrected, codes, counters = self.corrected, self.codes, self.counters
+        assert corrected is not None
+        assert codes is not None
+        assert counters is not None
+        number, columns = corrected.numel(), corrected.shape[1]
+        outputs = corrected if self.scales is None else self.scales, corrected if self.values is None else self.values
+        constants = {
+            "B": 256, "CODES": self.scales is not None, "CARRIER": self.values is not None, "num_warps": 4,
+            "enable_fp_fusion": False,
+        }  # fmt: skip
+        launch(
+            eden_kernel, -(-number // 256),
+            (
+                codes, corrected, self.reduced(counters), *outputs, self.s_dec, number, columns, eden.budget,
+                *_place(self.key, *corrected.shape, 16),
+            ),
+            constants, ("eden", self.form.form, integer(number), integer(columns)),
+        )  # fmt: skip
+
+
+_BOTH = ("R", "N", "E", "ROT", "SIGNED", "P", "W")  # constants of a pair's amax
+_TOLD = (*_BOTH[:3], "BR", "ROT", "SIGNED", "RULE", "METRIC", "ROUND", "STD", "NONZERO", "P", "W", "CODES", "CARRIER")
+
+
+def _launch_pair(
+    kernel: Any, row: _Job, column: _Job, arguments: tuple[Any, ...], names: tuple[str, ...], form: Hashable
+) -> None:
+    """Run a kernel whose programs read x [T, O] for both sides; see `programs._of_pair`."""
+    a, b = row.form.constants, column.form.constants
+    tall, wide = b["N"], a["N"]
+    each = tall // a["R"] + wide // b["R"]
+    rows, cols = row.src.shape
+    constants = {
+        **{name: a[name] for name in names}, **{f"T_{name}": b[name] for name in names},
+        "EVEN": rows % tall == 0 and cols % wide == 0, "num_warps": a["num_warps"], "enable_fp_fusion": False,
+    }  # fmt: skip
+    source = row.src.tensor, row.src.stride, column.src.tensor, column.src.stride, rows, cols
+    programs = -(-rows // tall) * -(-cols // wide) * each
+    launch(kernel, programs, (*source, *arguments), constants, (form, row.form.form, column.form.form))
+
+
+def _measure_pair(row: _Job, column: _Job) -> None:
+    """The amax of x and of x^T, in the bases that they are quantized in, from one reading."""
+    tops = torch.zeros(2, dtype=torch.int32, device=row.device)
+    first, second = tops.unbind()
+    _launch_pair(pair_amax_kernel, row, column, (*row.signs, first, *column.signs, second), _BOTH, "pair amax")
+    row.outer, column.outer = row.reduced(first), column.reduced(second)
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, device=device)
 
 
 def _rule_number(spec: QuantSpec) -> int:
@@ -196,16 +508,11 @@ def _rule_number(spec: QuantSpec) -> int:
     return {AbsMax: 0, Floor: 1, FourOverSix: 6}[type(rule)]
 
 
-def _common_factor(spec: QuantSpec) -> float:
-    """What every value is multiplied with after its power of two."""
+def _common_factor(spec: QuantSpec, device: torch.device) -> Tensor:
+    """[] what every value is multiplied with after its power of two."""
     if isinstance(spec.rule, Floor):
-        return fp32(spec.rule.headroom)
-    return fp32(1.0 / E2M1.max) if isinstance(spec.rule, Ceil) and spec.rule.of == "amax" else 1.0
-
-
-def _finite_or_inf(top: Tensor) -> Tensor:
-    """Magnitude bits -> fp32, NaN made Inf."""
-    return top.clamp(max=0x7F800000).view(torch.float32)
+        return _constant(fp32(spec.rule.headroom), device)
+    return _constant(fp32(1.0 / E2M1.max) if isinstance(spec.rule, Ceil) and spec.rule.of == "amax" else 1.0, device)
 
 
 def _place(key: Key | None, rows: int, cols: int, group: int) -> tuple[int, ...]:

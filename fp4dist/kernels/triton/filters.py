@@ -1,0 +1,313 @@
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# Triton's own language: its kernels' parameters have no types, a launch takes options beside the kernel's parameters.
+"""How gradients pass quantizers with a trust mask, in one pass over each tensor: H^-1 (M * (H g)).
+
+    mask               M as packed bits, from the quantizer's input and the scales that it chose
+    filter_by_mask     the gradient under these bits
+    filter_by_scales   the gradient under the M of a matrix that is still there, which is made again on the way
+    original           the values of codes, turned back from their rotated basis
+
+The bits are those of `fp4dist.numerics.estimators`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton.signs import flip, sign_words
+from fp4dist.numerics.scales import fp32
+from fp4dist.numerics.tensor import BlockScaledTensor, Key
+from fp4dist.spec.blocks import Ceil, Floor, Hadamard
+from fp4dist.spec.estimators import TrustMask
+from fp4dist.spec.formats import E2M1
+from fp4dist.spec.recipe import QuantSpec
+
+_SIGNS = ["s0", "s1", "s2", "s3"]  # change from step to step: their values must not be compiled in
+_ROWS, _COLUMNS, _WARPS = 32, 128, 4  # of a program
+_WORDS = {16: torch.int16, 32: torch.int32}  # of packed bits, one for the columns that a thread holds
+
+
+@triton.jit
+def _load(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr):
+    """[G, E] fp32 values of the tile [R, N] of a row-major matrix, G = R * N / E chunks of E columns; 0 outside."""
+    P: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # elements of a thread's vector
+    r = tl.arange(0, R)[None, :, None, None]
+    part = tl.arange(0, E // P)[:, None, None, None] * P + tl.arange(0, P)[None, None, None, :]
+    c = tl.arange(0, N // E)[None, None, :, None] * E + part  # parts of a chunk first: a thread takes all of them
+    start = x + (row.to(tl.int64) * stride + col)
+    if EVEN:
+        y = tl.load(start + (r * stride + c))
+    else:
+        y = tl.load(start + (r * stride + c), mask=(row + r < rows) & (col + c < cols), other=0.0)
+    y = tl.reshape(tl.permute(y, (1, 2, 0, 3)), (R * N // E, E))
+    if y.dtype == tl.bfloat16:  # by bits: the interpreter's cast loses subnormal numbers
+        y = a.floats(y.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return y
+
+
+@triton.jit
+def _chunks(x, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr,
+            EVEN: tl.constexpr):  # fmt: skip
+    """[G] what is stored once for every E columns of BR rows."""
+    r = row // BR + tl.arange(0, R)[:, None] // BR
+    c = col // E + tl.arange(0, N // E)[None, :]
+    at = x + (r.to(tl.int64) * (cols // E) + c)
+    if EVEN:
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=(r < rows // BR) & (c < cols // E), other=0)
+    return tl.reshape(found, (R * N // E,))
+
+
+@triton.jit
+def _flipped(y, s0, s1, s2, s3, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr):
+    i = tl.arange(0, R * N // E)[:, None] % (N // E) * E + tl.arange(0, E)[None, :]
+    return a.floats(a.bits(y) ^ flip(i, s0, s1, s2, s3, ROT))
+
+
+@triton.jit
+def _rotated(y, s0, s1, s2, s3, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr,
+             SIGNED: tl.constexpr):  # fmt: skip
+    """The unnormalized rotation of [G, E]."""
+    if SIGNED:
+        y = _flipped(y, s0, s1, s2, s3, R, N, E, ROT)
+    if ROT > 1:
+        y = a.rotate(y, R * N // E, E, ROT)
+    return y
+
+
+@triton.jit
+def _inside(y, stored, outer, before, after, largest, E8M0: tl.constexpr):
+    """[G, E] bool: whether the quantizer of rotated values `y` did not clip; see `numerics.estimators.scaled`."""
+    if E8M0:
+        multiplier = tl.div_rn(1.0, a.decode_e8m0(stored.to(tl.int32))) * after
+        y = y * before
+    else:
+        multiplier = tl.div_rn(1.0, a.decode_e4m3(stored.to(tl.int32)) * tl.load(outer))
+    return tl.abs(y * a.below(multiplier, a.FLT_MAX)[:, None]) <= largest
+
+
+@triton.jit(do_not_specialize=_SIGNS)
+def mask_kernel(
+    x, stride, scales, outer, s0, s1, s2, s3, out, rows, cols, before, after, largest,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
+    E8M0: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """M of [rows, cols] x: a word of E bits for every E columns, the first in the lowest bit."""
+    row, col = tl.program_id(0) * R, tl.program_id(1) * N
+    y = _rotated(_load(x, stride, row, col, rows, cols, R, N, E, EVEN), s0, s1, s2, s3, R, N, E, ROT, SIGNED)
+    stored = _chunks(scales, row, col, rows, cols, R, N, E, BR, EVEN)
+    passes = _inside(y, stored, outer, before, after, largest, E8M0)
+    word = tl.sum(passes.to(tl.int32) << tl.arange(0, E)[None, :], axis=1)
+    r = tl.arange(0, R)[:, None]
+    c = col // E + tl.arange(0, N // E)[None, :]
+    at = out + (row.to(tl.int64) * (cols // E) + r * (cols // E) + c)
+    word = tl.reshape(word, (R, N // E)).to(out.dtype.element_ty)
+    tl.store(at, word, mask=(row + r < rows) & (c < cols // E))
+
+
+@triton.jit(do_not_specialize=_SIGNS)
+def filter_kernel(
+    g, stride, bits, x, x_stride, scales, outer, s0, s1, s2, s3, out, rows, cols, before, after, largest, inverse,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
+    E8M0: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Out = H^-1 (M * (H g)), M from words of E `bits` if KEPT, else from x and its scales. inverse: 1 / ROT.
+
+    out   fp32, or words of two bf16
+    """
+    row, col = tl.program_id(0) * R, tl.program_id(1) * N
+    if KEPT:
+        word = _chunks(bits, row, col, rows, cols, R, N, E, 1, EVEN).to(tl.int32)
+        passes = ((word[:, None] >> tl.arange(0, E)[None, :]) & 1) != 0
+    else:
+        y = _rotated(_load(x, x_stride, row, col, rows, cols, R, N, E, EVEN), s0, s1, s2, s3, R, N, E, ROT, SIGNED)
+        stored = _chunks(scales, row, col, rows, cols, R, N, E, BR, EVEN)
+        passes = _inside(y, stored, outer, before, after, largest, E8M0)
+    y = _rotated(_load(g, stride, row, col, rows, cols, R, N, E, EVEN), s0, s1, s2, s3, R, N, E, ROT, SIGNED)
+    y = y * tl.where(passes, 1.0, 0.0)  # a product and not a choice: Inf and NaN that do not pass must still show
+    if ROT > 1:
+        y = a.rotate(y, R * N // E, E, ROT) * inverse
+    if SIGNED:
+        y = _flipped(y, s0, s1, s2, s3, R, N, E, ROT)
+    _store_in(y, out, row, col, rows, cols, R, N, E, EVEN)
+
+
+@triton.jit
+def _store_in(y, out, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr):
+    """[G, E] of the tile at (row, col) into a contiguous matrix of fp32, or of words of two bf16, rounded to even."""
+    if out.dtype.element_ty == tl.float32:
+        _store(y, out, row, col, rows, cols, R, N, EVEN)
+    else:  # by bits: the interpreter's cast cuts off
+        b = a.bits(y)
+        b = tl.where(y != y, 0x7FC00000, b + 0x7FFF + ((b >> 16) & 1))
+        _store(a.bf16_pairs(a.floats(b), R * N // E, E), out, row, col // 2, rows, cols // 2, R, N // 2, EVEN)
+
+
+@triton.jit
+def _store(y, out, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr):
+    """R * N values of the tile at (row, col) into a contiguous matrix."""
+    r = tl.arange(0, R)[:, None]
+    c = col + tl.arange(0, N)[None, :]
+    at = out + (row.to(tl.int64) * cols + r * cols + c)
+    if EVEN:
+        tl.store(at, tl.reshape(y, (R, N)))
+    else:
+        tl.store(at, tl.reshape(y, (R, N)), mask=(row + r < rows) & (c < cols))
+
+
+@triton.jit(do_not_specialize=_SIGNS)
+def original_kernel(
+    codes, scales, outer, s0, s1, s2, s3, out, rows, cols, root,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
+    E8M0: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Values of E2M1 codes in words of eight, in the original basis. root: ROT^-1/2;  out as for `filter_kernel`."""
+    row, col = tl.program_id(0) * R, tl.program_id(1) * N
+    r = tl.arange(0, R)[None, :, None]
+    w = tl.arange(0, E // 8)[:, None, None] + tl.arange(0, N // E)[None, None, :] * (E // 8)  # as in `_load`
+    at = codes + (row.to(tl.int64) * (cols // 8) + col // 8 + r * (cols // 8) + w)
+    if EVEN:
+        words = tl.load(at)
+    else:
+        words = tl.load(at, mask=(row + r < rows) & (col + w * 8 < cols), other=0)
+    stored = _chunks(scales, row, col, rows, cols, R, N, E, BR, EVEN).to(tl.int32)
+    scale = a.decode_e8m0(stored) if E8M0 else a.decode_e4m3(stored)
+    nibble = (
+        tl.reshape(tl.permute(words, (1, 2, 0)), (R * N // E, E // 8, 1)) << (28 - 4 * tl.arange(0, 8))[None, None, :]
+    )
+    y = a.e2m1_signed(tl.reshape(nibble, (R * N // E, E)))
+    y = y * scale[:, None] * (tl.load(outer) * root)
+    y = a.rotate(y, R * N // E, E, ROT) * root
+    if SIGNED:
+        y = _flipped(y, s0, s1, s2, s3, R, N, E, ROT)
+    _store_in(y, out, row, col, rows, cols, R, N, E, EVEN)
+
+
+def why_not(spec: QuantSpec) -> str | None:
+    """What of `spec` these kernels lack, or None."""
+    rows, columns = spec.shape
+    lacks = (
+        (not isinstance(spec.estimator, TrustMask), f"estimator {spec.estimator.kind}"),
+        (spec.outlier is not None or spec.split is not None, "operands in parts"),
+        (spec.format.scale.name not in ("e4m3", "e8m0"), f"{spec.format.scale.name} scales"),
+        ((rows, columns) not in ((1, 16), (1, 32), (16, 16), (32, 32)), f"blocks {[rows, columns]}"),
+        (spec.above not in ("none", "tensor"), f"outer {spec.above}"),
+    )
+    return next((f"the Triton filters have no {what}" for missing, what in lacks if missing), None)
+
+
+def mask(x: Tensor, stored: Tensor, global_scale: Tensor, spec: QuantSpec, key: Key | None) -> Tensor:
+    """See `fp4dist.numerics.estimators.mask`."""
+    x = _row_major(x)
+    rows, cols = x.shape
+    out = torch.empty((rows, cols // 8), dtype=torch.uint8, device=x.device)
+    columns = _block_columns(x, stored)
+    programs, constants = _tiles(x, spec.rotation, columns)
+    mask_kernel[programs](
+        x, x.stride(0), stored.contiguous(), global_scale, *sign_words(spec.rotation, key), out.view(_WORDS[columns]),
+        rows, cols, *_factors(spec), BR=_block_rows(x, stored), E8M0=spec.format.scale.name == "e8m0", **constants,
+    )  # fmt: skip
+    return out
+
+
+def filter_by_mask(gradient: Tensor, kept: Tensor, rotation: Hadamard | None, key: Key | None) -> Tensor:
+    """See `fp4dist.numerics.estimators.filter_by_mask`."""
+    gradient = _row_major(gradient)
+    out = torch.empty_like(gradient)
+    columns = 16 if gradient.shape[1] % 32 else 32
+    programs, constants = _tiles(gradient, rotation, columns)
+    none = gradient
+    filter_kernel[programs](
+        gradient, gradient.stride(0), kept.contiguous().view(_WORDS[columns]), none, 0, none, none,
+        *sign_words(rotation, key), _in_words(out), *gradient.shape, 1.0, 1.0, 1.0, 1.0 / constants["ROT"], BR=1,
+        E8M0=True, KEPT=True, **constants,
+    )  # fmt: skip
+    return out
+
+
+def filter_by_scales(
+    gradient: Tensor, x: Tensor, stored: Tensor, global_scale: Tensor, spec: QuantSpec, key: Key | None
+) -> Tensor:
+    """See `fp4dist.numerics.estimators.filter_by_scales`."""
+    gradient, x = _row_major(gradient), _row_major(x)
+    out = torch.empty_like(gradient)
+    programs, constants = _tiles(gradient, spec.rotation, _block_columns(x, stored))
+    filter_kernel[programs](
+        gradient, gradient.stride(0), stored, x, x.stride(0), stored.contiguous(), global_scale,
+        *sign_words(spec.rotation, key), _in_words(out), *gradient.shape, *_factors(spec), 1.0 / constants["ROT"],
+        BR=_block_rows(x, stored), E8M0=spec.format.scale.name == "e8m0", KEPT=False, **constants,
+    )  # fmt: skip
+    return out
+
+
+def why_no_original(q: BlockScaledTensor) -> str | None:
+    """Why `original` cannot decode `q`, or None."""
+    lacks = (
+        (q.rotation == 1, "codes without a rotation"),
+        (q.format.element != E2M1, f"elements {q.format.element.name}"),
+        (q.format.scale.name not in ("e4m3", "e8m0"), f"{q.format.scale.name} scales"),
+        (q.block[1] not in _WORDS, f"blocks {list(q.block)}"),
+        (q.global_scale.dim() > 0, "outer scales of rows or tiles"),
+        (q.samples > 1, "several samples"),
+    )
+    return next((f"the Triton inverse rotation has no {what}" for missing, what in lacks if missing), None)
+
+
+def original(
+    q: BlockScaledTensor, rotation: Hadamard, key: Key | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """[R, C] values of `q` in the original basis, in fp32 or rounded once to bf16; see `numerics.quantize.original`."""
+    rows, cols = q.shape
+    out = torch.empty((rows, cols), dtype=dtype, device=q.codes.device)
+    programs, constants = _tiles(out, rotation, q.block[1])
+    original_kernel[programs](
+        q.codes.contiguous().view(torch.int32), q.scales.contiguous(), q.global_scale, *sign_words(rotation, key),
+        _in_words(out), rows, cols, fp32(rotation.size**-0.5), BR=q.block[0], E8M0=q.format.scale.name == "e8m0",
+        **constants,
+    )  # fmt: skip
+    return out
+
+
+def _tiles(x: Tensor, rotation: Hadamard | None, columns: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """(programs, constants) for a row-major [R, C] in chunks of `columns`, one of which a thread holds."""
+    rows, cols = x.shape
+    constants = {
+        "R": _ROWS, "N": _COLUMNS, "E": columns, "ROT": rotation.size if rotation is not None else 1,
+        "SIGNED": rotation is not None and rotation.signs != "none", "EVEN": not (rows % _ROWS or cols % _COLUMNS),
+        "num_warps": _WARPS, "enable_fp_fusion": False,
+    }  # fmt: skip
+    return (-(-rows // _ROWS), -(-cols // _COLUMNS)), constants
+
+
+def _block_columns(x: Tensor, stored: Tensor) -> int:
+    """Columns that share one of `stored`."""
+    return x.shape[1] // stored.shape[1]
+
+
+def _block_rows(x: Tensor, stored: Tensor) -> int:
+    """Rows that share one of `stored`: a part of gathered rows has scales of its own for each of them."""
+    return max(x.shape[0], 1) // max(stored.shape[0], 1)
+
+
+def _in_words(out: Tensor) -> Tensor:
+    """fp32 as it is, bf16 as words of two."""
+    return out if out.dtype == torch.float32 else out.view(torch.int32)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _factors(spec: QuantSpec) -> tuple[float, float, float]:
+    """(before, after, largest) of `_inside`: what x is multiplied with, what 1 / scale is, the end of the grid."""
+    before = fp32(1.0 / spec.rule.headroom) if isinstance(spec.rule, Floor) else 1.0
+    after = spec.format.element.max if isinstance(spec.rule, Ceil) and spec.rule.of == "amax" else 1.0
+    return before, after, spec.format.element.max

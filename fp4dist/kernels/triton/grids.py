@@ -1,0 +1,391 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (a launch takes options beside the kernel's own parameters)
+"""The quantizers of everything that `quantize` is not made for: other grids and scale formats, outer tiles, other ties.
+
+Blocks of fixed size are scaled in the pass that rounds them. Where one scale serves a row or the tensor, a first pass
+finds the amax, the scale is computed by `fp4dist.numerics.scales` (moments too, in torch), and a second pass rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4dist import numerics
+from fp4dist.kernels.triton import carriers, tiles
+from fp4dist.kernels.triton import grid_programs as p
+from fp4dist.kernels.triton.noise import place
+from fp4dist.kernels.triton.signs import sign_words
+from fp4dist.numerics import codes as c
+from fp4dist.numerics import scales
+from fp4dist.numerics.grouping import Grouping, ReduceMax, spread
+from fp4dist.numerics.quantize import original
+from fp4dist.numerics.rotation import rotate
+from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
+from fp4dist.spec.blocks import AbsMax, Ceil, Eden, Ema, Floor, FourOverSix, Hadamard, Nearest, Quest, Sawb, Stochastic
+from fp4dist.spec.formats import E2M1, ElementFormat
+from fp4dist.spec.recipe import QuantSpec
+
+_SCALES = {"e4m3": p.E4M3, "e8m0": p.E8M0, "ue5m3": p.UE5M3, "e4m3_inverse": p.INVERSE, "fp32": p.FP32}
+_OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
+_METRICS = {"mse": 0, "mae": 1, "absmax": 2}
+_TIES = {"even": 0, "up": 2}
+_SHORTEST_PART = 32  # columns
+_LARGEST_BLOCK = 256  # columns, and rows of square blocks below
+
+
+def why_not(spec: QuantSpec) -> str | None:
+    """The first block of `spec` that these kernels lack, or None."""
+    rows, columns = spec.shape
+    element, rule, rounding, scale = spec.format.element, spec.rule, spec.rounding, spec.format.scale.name
+    whole = 0 in spec.shape
+    lacks = (
+        (element.mantissa is None and len(element.levels) > 8, f"grid of {len(element.levels)} levels"),
+        (element.mantissa not in (None, 2, 3), f"elements {element.name}"),
+        (element.mantissa is not None and not isinstance(rounding, Nearest), f"{rounding.kind} rounding to FP8"),
+        (not whole and (not 16 <= columns <= _LARGEST_BLOCK or rows not in (1, 16, 32)), f"blocks {[rows, columns]}"),
+        (not isinstance(rule, AbsMax | FourOverSix | Floor | Ceil | Quest | Sawb), f"scale rule {rule.kind}"),
+        (isinstance(rule, Quest | Sawb) and scale != "e8m0" and not whole, f"{rule.kind} under {scale} scales"),
+        (isinstance(rule, Floor | Ceil) and scale == "fp32" and not whole, f"{rule.kind} under {scale} scales"),
+        (isinstance(rule, FourOverSix) and not isinstance(rounding, Nearest), f"four-over-six with {rounding.kind}"),
+        (isinstance(rule, FourOverSix) and scale == "fp32", "four-over-six under fp32 scales"),
+        (isinstance(rounding, Eden) and rounding.align != "pre", "eden with align: post_hoc"),
+        (isinstance(rounding, Eden) and rounding.four_over_six != "none", "eden with four-over-six"),
+        (
+            isinstance(spec.above, tuple) and (spec.above[0] != 1 or spec.above[1] > _LARGEST_BLOCK),
+            f"outer {spec.above}",
+        ),
+        (spec.has_parts, "operands in parts"),
+    )
+    return next((f"the Triton grids have no {what}" for missing, what in lacks if missing), None)
+
+
+def quantize(
+    source: Tensor | BlockScaledTensor,
+    spec: QuantSpec,
+    key: Key | None = None,
+    reduce_max: ReduceMax | None = None,
+    toward: Tensor | None = None,
+    *,
+    want: Want = CODES,
+) -> BlockScaledTensor | Carrier:
+    """The codes of a matrix, or of the transpose of codes; see `fp4dist.numerics.quantize`."""
+    if isinstance(source, BlockScaledTensor):
+        source = (dequantize(source) if has_values(source) else numerics.dequantize(source)).t()
+    if tiles.takes(spec, want):
+        return tiles.quantize(source, spec, key, want)
+    q = _codes(source, spec, key, reduce_max, toward)
+    if want.carrier is None:
+        return q
+    carrier = to_carrier(q, want.carrier)
+    return replace(q, carrier=carrier) if want.codes else carrier
+
+
+def requantize(
+    q: BlockScaledTensor,
+    spec: QuantSpec,
+    key: Key | None = None,
+    reduce_max: ReduceMax | None = None,
+    *,
+    want: Want = CODES,
+    back: tuple[Hadamard | None, Key | None] | None = None,
+) -> BlockScaledTensor | Carrier:
+    """The codes of `q`'s transpose; see `fp4dist.numerics.requantize`. back: (rotation, key) of the basis of `q`."""
+    if back is not None:
+        return quantize(original(q, *back).t(), spec, key, reduce_max, want=want)
+    if q.rotation != 1:
+        raise ValueError(f"requantize needs codes in the original basis, got rotation {q.rotation}")
+    return quantize(q, spec, key, reduce_max, want=want)
+
+
+def has_values(q: BlockScaledTensor) -> bool:
+    """Whether `dequantize` can decode `q`."""
+    element = q.format.element
+    known = element.mantissa in (2, 3) or (element.mantissa is None and len(element.levels) <= 8)
+    rows = q.global_scale.shape if q.global_scale.dim() else (1, 1)
+    return known and q.samples == 1 and _shared(q.block[1]) > 1 and _shared(q.shape[1] // rows[1]) > 1
+
+
+def dequantize(q: BlockScaledTensor) -> Tensor:
+    """[R, C] fp32 values; see `fp4dist.numerics.dequantize`."""
+    return _decoded(q, torch.float32, scaled=True)
+
+
+def why_not_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> str | None:
+    """Why `to_carrier` cannot write the values of `q` in `dtype`, or None."""
+    outside = _of_parts_of_rows(q)
+    lacks = (
+        (dtype not in _OUT or dtype == torch.float32, f"{dtype}"),
+        (not has_values(q), f"{q.samples} samples of {q.format.element.name}"),
+        (not outside and not q.format.scale.bf16_exact, f"{q.format.scale.name} scales of blocks {list(q.block)}"),
+        (not outside and dtype != torch.bfloat16, f"{q.format.scale.name} scales in {dtype}"),
+        (outside and not _fits(q.format.element, dtype), f"elements {q.format.element.name} in {dtype}"),
+    )
+    return next((f"no carrier of {what}" for missing, what in lacks if missing), None)
+
+
+def to_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> Carrier:
+    """The values of `q` in `dtype`, exact; scales in fp32 (outer ones, of rows and their parts) stay beside them."""
+    if carriers.why_not_carrier(q, dtype) is None:
+        return carriers.to_carrier(q, dtype)
+    reason = why_not_carrier(q, dtype)
+    if reason is not None:
+        raise ValueError(f"{reason}; multiply the dequantized matrix")
+    outside, outer = _of_parts_of_rows(q), q.global_scale
+    values = _decoded(q, dtype, scaled=not outside)
+    if outside and q.scales.numel() == 1:
+        return Carrier(values, q.scales.reshape(()) * outer, q.rotation)
+    if outside:
+        return Carrier(values, outer, q.rotation, spread(q.scales, (q.shape[0], q.scales.shape[1])))
+    if outer.dim() == 0:
+        return Carrier(values, outer, q.rotation)
+    of_rows = spread(outer, (q.shape[0], outer.shape[1]))
+    return Carrier(values, torch.ones((), device=outer.device), q.rotation, of_rows)
+
+
+def _of_parts_of_rows(q: BlockScaledTensor) -> bool:
+    """Whether fp32 block scales can stay outside of a GEMM's partial sums: those of rows, or of long parts of them."""
+    return q.format.scale.name == "fp32" and q.block[1] >= _SHORTEST_PART and q.global_scale.dim() == 0
+
+
+@lru_cache(maxsize=64)
+def _fits(element: ElementFormat, dtype: torch.dtype) -> bool:
+    """Whether every level is a number of `dtype`."""
+    levels = torch.tensor(element.levels)
+    return bool((levels.to(dtype).to(torch.float32) == levels).all())
+
+
+@lru_cache(maxsize=64)
+def _table(element: ElementFormat, ties: str, device: torch.device) -> Tensor:
+    """[5, 8] fp32 of `grid_programs`; FP8 has no use for it."""
+    table = torch.full((5, 8), float("inf"))
+    if element.mantissa is None:
+        last = len(element.levels) - 1
+        for row, way in enumerate((ties, ties) if ties != "up" else ("away", "to_zero")):
+            table[row, :last] = torch.tensor(c.nearest_boundaries(element, way))
+        table[2:4, : last + 1] = c.levels_and_gaps(element, torch.device("cpu")).t()
+        table[4, : last + 1] = c.middles(element, torch.device("cpu"))
+    return table.to(device)
+
+
+def _grid_constants(element: ElementFormat) -> dict[str, Any]:
+    return {
+        "E2M1": element == E2M1, "FP8": element.mantissa or 0, "SIGN": 1 << element.bits - 1, "PACKED": element.packed,
+    }  # fmt: skip
+
+
+def _shared(columns: int) -> int:
+    """Columns, a power of two of at most 16, that are known to share what `columns` share."""
+    return min(columns & -columns, 16)
+
+
+def _decoded(q: BlockScaledTensor, dtype: torch.dtype, *, scaled: bool) -> Tensor:
+    """[R, C] values in `dtype`; unless `scaled` those of the elements alone."""
+    rows, cols = q.shape
+    codes = q.codes if q.codes.stride(1) == 1 else q.codes.contiguous()  # those of a transpose need not be rows
+    out = torch.empty((rows, cols), dtype=dtype, device=q.codes.device)
+    factors = (q.global_scale * q.rotation**-0.5).reshape(1, 1) if q.global_scale.dim() == 0 else (
+        q.global_scale * q.rotation**-0.5
+    )  # fmt: skip
+    per_factor = (rows // factors.shape[0], cols // factors.shape[1])
+    p.decode_kernel[-(-rows // 16), -(-cols // 128)](
+        codes, codes.stride(0), q.scales.contiguous(), factors, _table(q.format.element, "even", q.codes.device),
+        out if dtype in (torch.float32, torch.bfloat16) else out.view(torch.uint8), rows, cols, *q.block, *per_factor,
+        R=16, N=128, G=min(_shared(q.block[1]), _shared(per_factor[1])), SCALE=_SCALES[q.format.scale.name],
+        SCALED=scaled, OUT=_OUT[dtype], num_warps=4, enable_fp_fusion=False, **_grid_constants(q.format.element),
+    )  # fmt: skip
+    return out
+
+
+@torch.no_grad()
+def _codes(
+    x: Tensor, spec: QuantSpec, key: Key | None, reduce_max: ReduceMax | None, toward: Tensor | None
+) -> BlockScaledTensor:
+    launch = _Launch(x, spec, key, reduce_max, toward)
+    if 0 in spec.shape:
+        return launch.under_given_scales()
+    return launch.in_blocks()
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured(Grouping):
+    """A Grouping whose amax a kernel has found: [rows, 1], or [1, 1]."""
+
+    found: Tensor
+
+    def amax(self, x: Tensor) -> Tensor:
+        """Grid-shaped amax of the logical rows, or of the logical tensor."""
+        return self._tensor_max(self.found).reshape(1, 1) if self.spec.shape[0] == 0 else self._row_max(self.found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """One matrix [R, C] under one spec."""
+
+    x: Tensor
+    spec: QuantSpec
+    key: Key | None
+    reduce_max: ReduceMax | None
+    toward: Tensor | None
+
+    def under_given_scales(self) -> BlockScaledTensor:
+        """One scale for each row, or for the tensor."""
+        rows, cols = self.x.shape
+        by_row = self.spec.shape[0] != 0
+        block = (1 if by_row else rows, cols)
+        grouping = _Measured(self.x.shape, block, self.spec, self.key, self.reduce_max, self.largest(by_row))
+        rule = self.spec.rule
+        if isinstance(rule, Floor | Ceil):
+            chosen = scales.power_of_two_scales(self.x, self.spec, grouping)
+        else:
+            of_moments = isinstance(rule, Quest | Sawb)
+            chosen = scales.ladder(self.in_basis() if of_moments else self.x, self.spec, grouping).at()
+        codes = self.run(p.GIVEN, given=chosen.multiplier)
+        return BlockScaledTensor(
+            codes, chosen.stored, chosen.global_scale, self.spec.format, block, self.rotation, self.spec.samples
+        )
+
+    def in_blocks(self) -> BlockScaledTensor:
+        """A scale for each block, and outer scales above them."""
+        spec, (rows, cols), device = self.spec, self.x.shape, self.x.device
+        shape = (rows // spec.shape[0], cols // spec.shape[1])
+        stored = torch.empty(
+            shape, dtype=torch.float32 if spec.format.scale.name == "fp32" else torch.uint8, device=device
+        )
+        outer, outers = None, torch.ones((), device=device)
+        grouping = Grouping.of(self.x, spec, self.key, self.reduce_max)
+        if spec.above == "tensor":
+            outer = grouping.outer_amax(self.largest(by_row=False))
+        elif spec.above == "row":
+            outer, outers = grouping.outer_amax(self.largest(by_row=True)), torch.empty((rows, 1), device=device)
+        elif isinstance(spec.above, tuple):
+            outers = torch.empty((rows, cols // spec.above[1]), device=device)
+        elif isinstance(spec.rule, Floor) or (isinstance(spec.rule, Ceil) and spec.rule.of == "amax"):
+            common = spec.rule.headroom if isinstance(spec.rule, Floor) else 1.0 / spec.format.element.max
+            outers = torch.full((), scales.fp32(common), device=device)
+        codes = self.run(_rule(spec), outer=outer, scales=stored, outers=outers)
+        return BlockScaledTensor(codes, stored, outers, spec.format, spec.shape, self.rotation, spec.samples)
+
+    @property
+    def rotation(self) -> int:
+        """Size of the Hadamard groups, 1 for none."""
+        return self.spec.rotation.size if self.spec.rotation is not None else 1
+
+    def in_basis(self) -> Tensor:
+        """[R, C] fp32 in the basis of the codes."""
+        x = self.x.to(torch.float32)
+        return x if self.spec.rotation is None else rotate(x, self.spec.rotation, self.key)
+
+    def tile(self) -> tuple[tuple[int, int], dict[str, Any]]:
+        """(programs, constants): wide tiles along the dimension that is contiguous in memory."""
+        rows, cols = self.x.shape
+        outer = self.spec.above[1] if isinstance(self.spec.above, tuple) else 1
+        needed = max(self.spec.shape[1], self.rotation, outer)
+        r, n = (16, max(128, needed)) if self.x.stride(1) == 1 else (64, max(32, needed))
+        r = max(r, self.spec.shape[0])
+        signed = self.spec.rotation is not None and self.spec.rotation.signs != "none"
+        constants = {"R": r, "N": n, "ROT": self.rotation, "SIGNED": signed, "enable_fp_fusion": False}
+        return (-(-rows // r), -(-cols // n)), {**constants, "num_warps": 8 if r * n > 4096 else 4}
+
+    def source(self) -> tuple[object, ...]:
+        """The kernels' first parameters."""
+        return self.x, self.x.stride(0), self.x.stride(1)
+
+    def largest(self, by_row: bool) -> Tensor:
+        """[R, 1] or [1, 1] fp32 max |x| in the basis of the codes; NaN where something is NaN."""
+        rows = self.x.shape[0]
+        top = torch.zeros((rows if by_row else 1, 1), dtype=torch.int32, device=self.x.device)
+        programs, tile = self.tile()
+        steps = min(16, programs[1])
+        p.largest_kernel[programs[0], -(-programs[1] // steps)](
+            *self.source(), *sign_words(self.spec.rotation, self.key), top, *self.x.shape, **tile, STEPS=steps,
+            BY_ROW=by_row,
+        )  # fmt: skip
+        return top.view(torch.float32)
+
+    def run(
+        self, rule: int, *, given: Tensor | None = None, outer: Tensor | None = None, scales: Tensor | None = None,
+        outers: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[R, samples * width] the codes; fills `scales` and `outers`."""
+        spec, (rows, cols) = self.spec, self.x.shape
+        element = spec.format.element
+        width = cols // 2 if element.packed else cols
+        codes = torch.empty((rows, spec.samples * width), dtype=torch.uint8, device=self.x.device)
+        for i in range(spec.samples):
+            self._launch(rule, codes[:, i * width :], i, given, outer, scales, outers)
+        return codes
+
+    def _launch(
+        self, rule: int, codes: Tensor, sample: int, given: Tensor | None, outer: Tensor | None, stored: Tensor | None,
+        outers: Tensor | None,
+    ) -> None:  # fmt: skip
+        spec, (rows, cols), rounding = self.spec, self.x.shape, self.spec.rounding
+        programs, tile = self.tile()
+        toward = self.toward if isinstance(rounding, Ema) and self.toward is not None else None
+        key = self.key.sample(sample) if self.key is not None and spec.draws_noise else None
+        blocks = place(key if isinstance(rounding, Eden) else None, rows, cols, max(spec.shape[1], 1))
+        ties = rounding.ties if isinstance(rounding, Nearest) else "even"
+        factors = _Factors.of(spec)
+        none = self.x
+        p.grid_kernel[programs](
+            *self.source(), toward if toward is not None else none,
+            *(toward.stride() if toward is not None else (0, 0)),
+            *sign_words(spec.rotation, self.key), given if given is not None else none,
+            0 if given is None or given.numel() == 1 else 1, outer if outer is not None else none,
+            _table(spec.format.element, ties, self.x.device), codes, codes.stride(0),
+            stored if stored is not None else none, outers if outers is not None else none, rows, cols,
+            *factors.values, *place(key, rows, cols, 8), blocks[5], blocks[9], blocks[10], blocks[11],
+            BR=max(spec.shape[0], 1), BC=max(spec.shape[1], 1), RULE=rule, SCALE=_SCALES[spec.format.scale.name],
+            OUTER=_outer(spec), TILE=spec.above[1] if isinstance(spec.above, tuple) else 1,
+            NONZERO=isinstance(spec.rule, AbsMax) and spec.rule.nonzero,
+            STD=isinstance(spec.rule, Quest) and spec.rule.spread == "std",
+            METRIC=_METRICS[spec.rule.metric] if isinstance(spec.rule, FourOverSix) else 0,
+            GROUP=self.rotation if isinstance(rounding, Eden) and rounding.group == "rotation" else 0,
+            ROUND=1 if isinstance(rounding, Stochastic) else 2 if toward is not None else 0, TIES=_TIES.get(ties, 1),
+            LAST=len(spec.format.element.levels) - 1, **_grid_constants(spec.format.element), **tile,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """The numbers of `grid_kernel` from numerator to mantissa."""
+
+    values: tuple[float | int, ...]
+
+    @classmethod
+    def of(cls, spec: QuantSpec) -> _Factors:
+        rule, element = spec.rule, spec.format.element
+        chooser = spec.rounding if isinstance(spec.rounding, Eden) else rule
+        v = scales.target_max(element.max, getattr(chooser, "headroom", 1.0))
+        numerator = scales.fp32(scales.fp32(getattr(chooser, "budget", 1.0)) * v)
+        before = scales.fp32(1.0 / rule.headroom) if isinstance(rule, Floor) else 1.0
+        after = element.max if isinstance(rule, Ceil) and rule.of == "amax" else 1.0
+        finer = scales.fp32(rule.finer_below) if isinstance(rule, Ceil) else 0.0
+        factor = getattr(rule, "factor", None)
+        bits = int(torch.tensor(element.max).view(torch.int32))
+        return cls((
+            numerator, scales.fp32(1.0 / v), v, before, after, finer,
+            scales.fp32(scales.QUEST_E2M1 if factor is None else factor), element.exponent, bits & 0x7FFFFF,
+        ))  # fmt: skip
+
+
+def _rule(spec: QuantSpec) -> int:
+    rule = spec.rule
+    if isinstance(spec.rounding, Eden):
+        return p.EDEN
+    if isinstance(rule, Ceil):
+        return p.CEIL if rule.of == "ratio" else p.CEIL_AMAX
+    if isinstance(rule, Quest):
+        return p.QUEST_BELOW if rule.power == "floor" else p.QUEST_NEAREST
+    return {AbsMax: p.ABSMAX, Floor: p.FLOOR, FourOverSix: p.FOUR_OVER_SIX}[type(rule)]
+
+
+def _outer(spec: QuantSpec) -> int:
+    if isinstance(spec.above, tuple):
+        return p.TILES
+    return {"none": p.NONE, "tensor": p.ONE, "row": p.ROWS}[spec.above]

@@ -1,0 +1,172 @@
+"""GEMMs that are sums of GEMMs: of operands in parts, (A + a)(B + b)^T; of several samples; of values in fp32.
+
+What stands beside codes is fp32, and so are codes under fp32 scales of short blocks. Tensor cores multiply fp32 exactly
+as the sum of three bf16 terms. What is one row for all tokens, or one column, is multiplied as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fp4dist.kernels.triton import grids
+from fp4dist.numerics.matmul import Operand, Single, check_product
+from fp4dist.numerics.scales import divide
+from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, PartedTensor
+
+Multiply = Callable[..., Tensor]
+_TERMS = 3  # of 8 significant bits each: all of fp32's 24
+_ROWS = 8  # of the thin GEMMs that multiply one row
+
+
+def matmul(
+    a: Operand, b: Operand, multiply: Multiply, *, out: torch.dtype = torch.float32, into: Tensor | None = None
+) -> Tensor:
+    """A B^T of operands of which one or both are in parts; see `fp4dist.numerics.matmul`.
+
+    multiply   the GEMM of operands without parts, called as that one
+    """
+    rotation = check_product(a, b, out, into)
+    left, right = _Parts.of(a), _Parts.of(b)
+    total = _Sum(multiply(left.main, right.main, into=into), multiply, rotation)
+    if left.side is not None:
+        if right.partner is not None:
+            total.add(left.side, right.partner)
+        else:
+            total.add(left.side, right.main)
+            if right.side is not None and left.partner is None:  # a partner of ours meets their side instead
+                total.add(left.side, right.side)
+    if right.side is not None:
+        total.add(left.main if left.partner is None else left.partner, right.side)
+    return total.value if into is not None else total.value.to(out)
+
+
+def samples(operand: Operand) -> int:
+    """Independent draws of an operand."""
+    return 1 if isinstance(operand, Tensor | Carrier) else operand.samples
+
+
+def mean_of_samples(
+    a: Operand, b: Operand, multiply: Multiply, *, out: torch.dtype = torch.float32, into: Tensor | None = None
+) -> Tensor:
+    """The mean of the products of all draws of A with all draws of B."""
+    check_product(a, b, out, into)
+    total: Tensor | None = None
+    for x in _draws(a):
+        for y in _draws(b):
+            total = multiply(x, y, into=total)
+    assert total is not None
+    total = divide(total, float(samples(a) * samples(b)))
+    return total.to(out) if into is None else into.add_(total)
+
+
+def _draws(operand: Operand) -> list[Operand]:
+    if isinstance(operand, Tensor | Carrier):
+        return [operand]
+    return [operand.sample(i) for i in range(operand.samples)]
+
+
+def has_terms(operand: Operand) -> bool:
+    """Whether `in_terms` makes bf16 terms of an operand that has no carrier."""
+    if isinstance(operand, BlockScaledTensor):
+        return grids.has_values(operand) and operand.global_scale.dim() == 0
+    return isinstance(operand, Tensor) and operand.dtype == torch.float32
+
+
+def in_terms(
+    a: Single, b: Single, multiply: Multiply, split: tuple[bool, bool], *, out: torch.dtype = torch.float32,
+    into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A B^T, where what `split` names is fp32 (or codes whose values are) and enters as three terms."""
+    first, second = (_as_terms(x) if wide else [x] for x, wide in zip((a, b), split, strict=True))
+    total = into
+    for i, x in enumerate(first):
+        for j, y in enumerate(second):
+            if i + j < _TERMS:  # what is left out is below the last bit of fp32
+                total = multiply(x, y, into=total)
+    assert total is not None
+    return total if into is not None else total.to(out)
+
+
+def _as_terms(x: Single) -> list[Carrier]:
+    if isinstance(x, BlockScaledTensor):
+        values = grids.dequantize(replace(x, global_scale=torch.ones_like(x.global_scale), rotation=1, carrier=None))
+        return [Carrier(term, x.global_scale, x.rotation) for term in _terms(values)]
+    assert isinstance(x, Tensor)
+    return [Carrier(term, torch.ones((), device=x.device)) for term in _terms(x)]
+
+
+class _Parts(NamedTuple):
+    """An operand's parts, unnormalized in its rotated basis."""
+
+    main: Single
+    side: Tensor | None
+    partner: Tensor | None
+
+    @classmethod
+    def of(cls, operand: Operand) -> _Parts:
+        if isinstance(operand, PartedTensor):
+            return cls(operand.main, operand.side, operand.partner)
+        return cls(operand, None, None)
+
+
+class _Sum:
+    """[M, N] fp32 that products are added to, each divided by the rotation."""
+
+    def __init__(self, value: Tensor, multiply: Multiply, rotation: int) -> None:
+        self.value, self._multiply, self._rotation = value, multiply, rotation
+
+    def add(self, a: Single, b: Single) -> None:
+        """Add a b^T, of which one is a side, in fp32 or bf16; both are tensors where both stand beside codes."""
+        thin = _is_thin(a), _is_thin(b)
+        if any(thin):
+            self.value += self._thin(a, b, thin)
+            return
+        first, second = (_terms(x) if isinstance(x, Tensor) else [x] for x in (a, b))
+        for i, x in enumerate(first):
+            for j, y in enumerate(second):
+                if i + j < _TERMS:  # what is left out is below the last bit of fp32
+                    self.value = self._multiply(self._wrapped(x), self._wrapped(y), into=self.value)
+
+    def _thin(self, a: Single, b: Single, thin: tuple[bool, bool]) -> Tensor:
+        """A b^T, broadcast to [M, N], where a or b is one row or one column."""
+        if not thin[0]:
+            return self._thin(b, a, (True, False)).t()
+        assert isinstance(a, Tensor)
+        if a.stride(0) == 0:  # one row: a row of products
+            return self._row_times(a[:1].to(torch.float32), b)
+        return a[:, :1].to(torch.float32) * self._row_times(torch.ones_like(a[:1], dtype=torch.float32), b)
+
+    def _row_times(self, row: Tensor, b: Single) -> Tensor:
+        """[1, N] fp32 row [1, K] times b^T."""
+        if isinstance(b, Tensor) and b.dtype == torch.float32:
+            return row @ b.t() * (1.0 / self._rotation)
+        terms = torch.cat(_terms(row))
+        padded = torch.nn.functional.pad(terms, (0, 0, 0, _ROWS - len(terms)))
+        return self._multiply(self._wrapped(padded), b).sum(0, keepdim=True)
+
+    def _wrapped(self, x: Single) -> Single:
+        """Values without codes in the basis of the codes."""
+        if not isinstance(x, Tensor):
+            return x
+        return Carrier(x, torch.ones((), device=x.device), self._rotation)
+
+
+def _terms(x: Tensor) -> list[Tensor]:
+    """bf16 tensors whose sum is `x`."""
+    if x.dtype == torch.bfloat16:
+        return [x]
+    found: list[Tensor] = []
+    for _ in range(_TERMS):
+        found.append(x.to(torch.bfloat16))
+        x = x - found[-1].to(torch.float32)
+    return found
+
+
+def _is_thin(x: Single) -> bool:
+    """Whether all rows, or all columns, of a tensor are one in memory."""
+    return isinstance(x, Tensor) and 0 in x.stride()

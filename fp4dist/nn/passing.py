@@ -1,0 +1,54 @@
+"""Kernels that a linear can do without, where a backend has them: torch has the same bits in many passes over memory.
+
+Gradients through quantizers with a trust mask (the slopes of `dge`, `lsq` and operands in parts run in torch), and
+forward codes turned back from their rotated basis.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fp4dist.kernels.registry import AUTO_ORDER, Backend, Kernel, Op, Request, companion
+from fp4dist.nn.carry import FORWARD_OF
+from fp4dist.nn.parts import parted_slots
+from fp4dist.spec.recipe import LinearRecipe
+from fp4dist.spec.run import BackendConfig
+
+# Names in `LinearPlan.kernels`. ORIGINAL: of the backward slot that starts from forward codes.
+MASK_X, FILTER_X, FILTER_W = "fprop.x:mask", "fprop.x:filter", "fprop.w:filter"
+ORIGINAL = {"dgrad.w": "dgrad.w:original", "wgrad.x": "wgrad.x:original"}
+# Name -> the slot whose codes it is about, and the operation.
+_OPERATIONS: dict[str, tuple[str, Op]] = {
+    MASK_X: ("fprop.x", "mask"),
+    FILTER_X: ("fprop.x", "filter_by_mask"),
+    FILTER_W: ("fprop.w", "filter_by_scales"),
+    ORIGINAL["dgrad.w"]: ("fprop.w", "original"),
+    ORIGINAL["wgrad.x"]: ("fprop.x", "original"),
+}
+
+
+def passing_kernels(recipe: LinearRecipe, device: torch.device, config: BackendConfig) -> dict[str, Kernel]:
+    """Name -> kernel, where a backend of `config` other than the reference takes the spec and the linear has use."""
+    wanted: tuple[Backend, ...] = AUTO_ORDER if config.kind == "auto" else (config.kind,)
+    backends: list[Backend] = [b for b in wanted if b != "reference"]  # which is what runs in torch
+    unused = {name for slot, name in ORIGINAL.items() if not _needs_original(recipe, slot)}
+    found: dict[str, Kernel] = {}
+    for name, (slot, op) in _OPERATIONS.items():
+        spec = recipe.slot(slot)
+        if spec is None or name in unused:
+            continue
+        kernels = (companion(Request(op, spec, device), backend) for backend in backends)
+        kernel = next((kernel for kernel in kernels if kernel is not None), None)
+        if kernel is not None:
+            found[name] = kernel
+    return found
+
+
+def _needs_original(recipe: LinearRecipe, slot: str) -> bool:
+    """Whether backward `slot` may start from the values of forward codes that are rotated, or stand beside parts."""
+    forward, spec = recipe.slot(FORWARD_OF[slot]), recipe.slot(slot)
+    rotated = forward is not None and forward.rotation is not None
+    if recipe.dequantized(slot):
+        return rotated
+    beside = bool(parted_slots(recipe) & {slot, FORWARD_OF[slot]})
+    return spec is not None and spec.source == "requant" and (rotated or beside)

@@ -1,0 +1,212 @@
+"""Where the general quantizers in Triton and the reference differ: on a GPU, or in Triton's interpreter on a CPU.
+
+TRITON_INTERPRET=1 python -m tests.kernels.triton.grids_parity      # exit status 1 if anything differs
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from fp4dist import numerics
+from fp4dist.kernels.triton import grids
+from fp4dist.kernels.triton import quantize as fast
+from fp4dist.kernels.triton.matmul import matmul
+from fp4dist.numerics import BlockScaledTensor, Key
+from fp4dist.numerics.grouping import spread
+from fp4dist.numerics.matmul import _factors
+from fp4dist.numerics.splits import bare
+from fp4dist.numerics.tensor import Carrier, Want
+from fp4dist.spec.blocks import Ema
+from fp4dist.spec.build import build
+from fp4dist.spec.estimators import Straight
+from fp4dist.spec.load import load_recipe, shipped
+from fp4dist.spec.recipe import SLOTS, QuantSpec
+from fp4dist.spec.statistics import Current
+from tests.generators import SPECS, families
+
+WHOLE = Key(seed=3_000_000_000, layer=4_000_000_000, step=12, micro_batch=5, slot=2)
+# Every branch, beside the shipped recipes.
+MORE: tuple[dict, ...] = (
+    {"format": "nvfp4", "outer": "row"},
+    {"format": "nvfp4", "outer": "none"},
+    {"format": "nvfp4", "scale": "four_over_six", "rounding": {"kind": "nearest", "ties": "up"}},
+    {"format": {"element": "e3m0", "scale": "fp32", "block": "row"}, "rounding": "stochastic"},
+    {"format": {"element": "int2", "scale": "fp32", "block": [16, 16]}},
+    {"format": "mxfp8", "scale": "ceil"},
+    {"format": "mxfp4", "scale": {"kind": "ceil", "of": "amax", "finer_below": 0.87}, "rounding": {"kind": "ema"}},
+    {"format": "fp4_row", "scale": {"kind": "quest", "spread": "rms"}},
+)
+
+
+def specs() -> dict[str, QuantSpec]:
+    """Every spec of the shipped recipes and of tests/generators.py that the fast kernels lack, and MORE."""
+    found = {build(QuantSpec, data) for data in SPECS.values()}
+    for name in shipped("recipes"):
+        for linear in load_recipe(name).linears.values():
+            found |= {_codes_alone(spec) for slot in SLOTS if (spec := linear.slot(slot)) is not None}
+    found = {spec for spec in found if fast.why_not(spec) is not None} | {build(QuantSpec, data) for data in MORE}
+    return {spec.label(): spec for spec in found if grids.why_not(spec) is None}
+
+
+def _codes_alone(spec: QuantSpec) -> QuantSpec:
+    """What decides its codes."""
+    return replace(bare(spec), source="master", estimator=Straight(), amax=Current())
+
+
+def matrices(spec: QuantSpec) -> Iterator[tuple[str, Tensor]]:
+    """Of sizes that are ragged in tiles, of every family; NaN and Inf in one block."""
+    rows, columns = max(16, spec.rows_multiple), 256 if spec.columns_multiple > 32 else 160
+    found = families(rows, columns)
+    found["tiny"][:, : columns // 2] = 0
+    for name in ("outliers", "ties", "tiny", "huge", "bf16"):
+        yield name, found[name]
+    x = found["normal"].clone()
+    x[3, 5], x[9, 40] = float("nan"), float("inf")
+    yield "not finite", x
+
+
+def of_quantizers(device: torch.device) -> Iterator[str]:
+    """Rows; transposed views of shards in two runs."""
+    for label, spec in specs().items():
+        for name, x in matrices(spec):
+            average = x.float() * 1.3 - 0.2 if isinstance(spec.rounding, Ema) else None
+            toward = average.to(device) if average is not None else None
+            expected = numerics.quantize(x, spec, WHOLE, None, average)
+            found = grids.quantize(x.to(device), spec, WHOLE, None, toward)
+            yield from differences(f"{label} {name}", expected, found)
+            if name == "bf16":
+                yield from of_wants(f"{label} {name}", x.to(device), spec, found)
+            if name == "bf16":
+                turned = x.t().contiguous().to(device).t()
+                key = replace(
+                    WHOLE, row_runs=(0, x.shape[0] * 3), rows=x.shape[0] * 8, column_runs=(x.shape[1],),
+                    columns=x.shape[1] * 4,
+                )  # fmt: skip
+                expected = numerics.quantize(x, spec, key)
+                yield from differences(f"{label} {name} turned", expected, grids.quantize(turned, spec, key))
+                yield from of_values(f"{label} {name}", expected, device)
+                if expected.scales.numel() == 1 and expected.samples == expected.rotation == 1:
+                    yield from of_values(f"{label} {name} transposed", expected.transpose(), device)
+
+
+def of_wants(what: str, x: Tensor, spec: QuantSpec, q: BlockScaledTensor | Carrier) -> Iterator[str]:
+    """A carrier beside the codes, and alone."""
+    assert isinstance(q, BlockScaledTensor)
+    if isinstance(spec.rounding, Ema) or grids.why_not_carrier(q, torch.bfloat16) is not None:
+        return
+    expected = grids.to_carrier(q, torch.bfloat16)
+    for codes in (True, False):
+        found = grids.quantize(x, spec, WHOLE, want=Want(codes, torch.bfloat16))
+        carrier = found.carrier if isinstance(found, BlockScaledTensor) else found
+        if isinstance(found, BlockScaledTensor) != codes or carrier is None:
+            yield f"{what}: not what was wanted"
+        elif not all(map(same, _parts(carrier), _parts(expected))):
+            yield f"{what}: carrier beside codes" if codes else f"{what}: carrier alone"
+
+
+def of_values(what: str, q: BlockScaledTensor, device: torch.device) -> Iterator[str]:
+    """Decoded values, and carriers of every type that holds them."""
+    on_device = moved(q, device)
+    if not grids.has_values(q):
+        yield from ([] if q.samples > 1 else [f"{what}: cannot be decoded"])
+        return
+    if not same(grids.dequantize(on_device).cpu(), numerics.dequantize(q)):
+        yield f"{what}: dequantize"
+    expected = _factors(q)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        if grids.why_not_carrier(q, dtype) is not None:
+            continue
+        carrier = grids.to_carrier(on_device, dtype)
+        if carrier.values.dtype != dtype or not all(map(same, _parts(carrier), (expected.inner, *expected[1:]))):
+            yield f"{what}: carrier in {dtype}"
+
+
+def _parts(carrier: Carrier) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(inner, rows, scale) as `numerics.matmul` has them: factors of parts of rows multiply inside."""
+    values, rows = carrier.values.cpu().float(), carrier.rows.cpu() if carrier.rows is not None else None
+    if rows is not None and rows.shape[1] > 1:
+        values, rows = values * spread(rows, values.shape), None
+    return values, rows, carrier.scale.cpu()
+
+
+def of_requantizers(device: torch.device) -> Iterator[str]:
+    """From NVFP4 codes."""
+    q = numerics.quantize(families(256, 32)["outliers"], build(QuantSpec, {"format": "nvfp4"}))
+    codes = moved(q, device)
+    for label, spec in specs().items():
+        if not isinstance(spec.rounding, Ema):
+            expected, found = numerics.requantize(q, spec, WHOLE), grids.requantize(codes, spec, WHOLE)
+            yield from differences(f"requantize {label}", expected, found)
+
+
+def of_products(device: torch.device) -> Iterator[str]:
+    """Products of codes, and of codes and plain matrices, to the rounding of fp32 sums."""
+    w = families(32, 256, seed=3)["normal"]
+    for label, spec in specs().items():
+        x = families(max(16, spec.rows_multiple), 256)["normal"]
+        a, b = numerics.quantize(x, spec, WHOLE), numerics.quantize(w, spec, replace(WHOLE, slot=3))
+        for other in [b] if a.rotation > 1 else [b, w, w.bfloat16()]:
+            values = numerics.dequantize(other) if isinstance(other, BlockScaledTensor) else other.float()
+            bound = 256 * 2.0**-23 * (numerics.dequantize(a).abs() @ values.abs().t())
+            found = matmul(moved(a, device), moved(other, device)).cpu()
+            if not ((found - numerics.matmul(a, other)).abs() <= bound).all():
+                yield f"{label}: product with {type(other).__name__}"
+
+
+def moved(operand: BlockScaledTensor | Tensor, device: torch.device) -> BlockScaledTensor | Tensor:
+    """The same on another device."""
+    if isinstance(operand, Tensor):
+        return operand.to(device)
+    return replace(operand, **{n: getattr(operand, n).to(device) for n in ("codes", "scales", "global_scale")})
+
+
+def of_shards(device: torch.device) -> Iterator[str]:
+    """Halves of a matrix, with the amax of the whole: `reduce_max` is asked as the reference asks it."""
+    x = families(32, 512)["outliers"]
+    for label, spec in specs().items():
+        half, key = x[:, :256], replace(WHOLE, rows=32, columns=512)
+
+        def held(values: Tensor) -> Tensor:
+            return values * 2.0
+
+        expected, found = (
+            numerics.quantize(half, spec, key, held), grids.quantize(half.to(device), spec, key, held)
+        )  # fmt: skip
+        yield from differences(f"shard {label}", expected, found)
+
+
+def differences(what: str, expected: BlockScaledTensor, found: object) -> Iterator[str]:
+    """The fields that differ."""
+    for field in fields(BlockScaledTensor):
+        a, b = getattr(expected, field.name), getattr(found, field.name)
+        if not (same(a, b.cpu()) if isinstance(a, Tensor) else a == b):
+            yield f"{what}: {field.name}"
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal bits, any NaN for a NaN; or nothing, both."""
+    if a is None or b is None:
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.dtype == torch.float32:
+        one, other = (torch.where(t.isnan(), 0x7FC00000, t.contiguous().view(torch.int32)) for t in (a, b))
+        return torch.equal(one, other)
+    return torch.equal(a, b)
+
+
+def main() -> int:
+    """Print every difference."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = [d for check in (of_quantizers, of_requantizers, of_shards, of_products) for d in check(device)]
+    print("\n".join(found) if found else f"no difference in {len(specs())} specs on {device}")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

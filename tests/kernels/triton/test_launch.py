@@ -1,0 +1,80 @@
+"""A kernel is looked up by Triton once for each form, and run from what was found after that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fp4dist.kernels.triton import launch as module
+from fp4dist.kernels.triton.launch import integer, launch
+
+
+class Compiled:
+    """Stands for what Triton gives back from a launch."""
+
+    packed_metadata = ()
+
+    def __init__(self, takes: int) -> None:
+        self.takes, self.calls = takes, []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def run(*arguments: object) -> None:
+            if len(arguments) != self.takes:
+                raise TypeError("function takes another number of arguments")
+            self.calls.append((grid, arguments))
+
+        return run
+
+
+class Kernel:
+    """Stands for a jit function of two arguments and two constants."""
+
+    arg_names = ("x", "n", "R", "N")
+
+    def __init__(self, takes: int = 4) -> None:
+        self.compiled, self.looked_up = Compiled(takes), []
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def run(*arguments: object, **constants: object) -> Compiled:
+            self.looked_up.append((grid, arguments, constants))
+            return self.compiled
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_COMPILED", {})
+
+
+def test_a_form_is_looked_up_once() -> None:
+    kernel, constants = Kernel(), {"N": 64, "R": 16, "num_warps": 4}
+    for n in (5, 6, 7):
+        launch(kernel, n, ("x", n), constants, "a form")
+    launch(kernel, 8, ("x", 8), constants, "another form")
+    assert [grid for grid, _, _ in kernel.looked_up] == [(5,), (8,)]
+    assert kernel.compiled.calls == [((n, 1, 1), ("x", n, 16, 64)) for n in (6, 7)]  # constants in the kernel's order
+
+
+def test_without_a_form_every_launch_is_looked_up() -> None:
+    kernel = Kernel()
+    for _ in range(2):
+        launch(kernel, 1, ("x", 1), {"R": 16, "N": 64}, None)
+    assert len(kernel.looked_up) == 2
+    assert not kernel.compiled.calls
+
+
+def test_compiled_kernels_that_are_called_otherwise_are_looked_up() -> None:
+    kernel = Kernel(takes=2)
+    for _ in range(3):
+        launch(kernel, 1, ("x", 1), {"R": 16, "N": 64}, "a form")
+    assert len(kernel.looked_up) == 3
+    assert not kernel.compiled.calls
+
+
+@pytest.mark.parametrize(("n", "expected"), [(0, 16), (1, 1), (2, 0), (16, 16), (48, 16), (100, 0)])
+def test_integers_that_triton_compiles_alike_are_one(n: int, expected: int) -> None:
+    assert integer(n) == expected

@@ -1,0 +1,118 @@
+"""GEMMs of operands in parts against the reference: on exactly summable inputs equal, else to fp32's rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp4dist import numerics
+from fp4dist.kernels.triton import parted
+from fp4dist.numerics import BlockScaledTensor
+from fp4dist.numerics.tensor import PartedTensor
+from tests.generators import exactly_summable, normal
+
+M, N, K = 48, 32, 256
+MULTIPLY = numerics.matmul
+
+
+def whole_numbers(rows: int, columns: int, seed: int) -> Tensor:
+    """[rows, columns] fp32 quarters up to 4, most of them 0."""
+    x = torch.randint(-16, 17, (rows, columns), generator=torch.Generator().manual_seed(seed)).float() / 4
+    return torch.where(x.abs() > 2, x, 0.0)
+
+
+def sides(rows: int, seed: int) -> dict[str, Tensor | None]:
+    """What stands beside codes: nothing, a matrix, one row for all, one column for all."""
+    x = whole_numbers(rows, K, seed)
+    return {
+        "none": None,
+        "dense": x,
+        "row": x[:1].expand(rows, K),
+        "column": x[:, :1].expand(rows, K),
+    }
+
+
+@pytest.mark.parametrize("right", ["none", "dense", "row", "column"])
+@pytest.mark.parametrize("left", ["none", "dense", "row", "column"])
+def test_products_of_parts_are_the_references(left: str, right: str) -> None:
+    a = PartedTensor(exactly_summable(M, K), sides(M, 2)[left])
+    b = PartedTensor(exactly_summable(N, K, seed=1), sides(N, 3)[right])
+    assert torch.equal(parted.matmul(a, b, MULTIPLY), numerics.matmul(a, b))
+
+
+@pytest.mark.parametrize("which", ["left", "right", "both"])
+def test_a_partner_is_met_in_place_of_the_value(which: str) -> None:
+    a = PartedTensor(exactly_summable(M, K), whole_numbers(M, K, 4))
+    b = PartedTensor(exactly_summable(N, K, seed=1), whole_numbers(N, K, 5))
+    a = replace(a, partner=whole_numbers(M, K, 6)) if which != "right" else a
+    b = replace(b, partner=whole_numbers(N, K, 7)) if which != "left" else b
+    assert torch.equal(parted.matmul(a, b, MULTIPLY), numerics.matmul(a, b))
+
+
+@pytest.mark.parametrize("rotation", [1, 16])
+def test_sides_of_fp32_lose_nothing_to_bf16(rotation: int) -> None:
+    codes = [replace(exactly_summable(rows, K, seed=rows), rotation=rotation) for rows in (M, N)]
+    a, b = (PartedTensor(q, normal(q.shape[0], K, seed=9 + q.shape[0])) for q in codes)
+    exact = sum(
+        x.double() @ y.double().t() / rotation
+        for x in (values(codes[0]), a.side)
+        for y in (values(codes[1]), b.side)
+        if x is not None and y is not None
+    )
+    found = parted.matmul(a, b, MULTIPLY).double()
+    assert isinstance(exact, Tensor)
+    size = (values(codes[0]).abs() + a.side.abs()) @ (values(codes[1]).abs() + b.side.abs()).t() / rotation  # type: ignore[union-attr]
+    assert ((found - exact).abs() <= 3 * K * 2.0**-24 * size.double()).all()
+    without = parted.matmul(replace(a, side=a.side.bfloat16()), b, MULTIPLY).double()  # type: ignore[union-attr]
+    assert not ((without - exact).abs() <= 3 * K * 2.0**-24 * size.double()).all()
+
+
+def test_an_operand_without_codes_meets_a_side() -> None:
+    plain = whole_numbers(M, K, 8).bfloat16()
+    b = PartedTensor(exactly_summable(N, K), whole_numbers(N, K, 9))
+    assert torch.equal(parted.matmul(plain, b, MULTIPLY), numerics.matmul(plain, b))
+    assert torch.equal(parted.matmul(b, plain, MULTIPLY), numerics.matmul(b, plain))
+
+
+@pytest.mark.parametrize("draws", [(1, 2), (2, 1), (2, 2)])
+def test_draws_are_averaged(draws: tuple[int, int]) -> None:
+    a, b = (several(rows, number) for rows, number in zip((M, N), draws, strict=True))
+    expected = numerics.matmul(a, b)
+    assert torch.equal(parted.mean_of_samples(a, b, MULTIPLY), expected)
+    total = torch.ones(M, N)
+    assert parted.mean_of_samples(a, b, MULTIPLY, into=total) is total
+    assert torch.equal(total, expected + 1)
+
+
+def several(rows: int, number: int) -> BlockScaledTensor:
+    """`number` draws side by side."""
+    first = exactly_summable(rows, K, seed=rows)
+    codes = [exactly_summable(rows, K, seed=rows + 100 * i).codes for i in range(number)]
+    return replace(first, codes=torch.cat(codes, dim=1), samples=number)
+
+
+def test_matrices_in_fp32_are_multiplied_in_three_terms() -> None:
+    x, y = normal(M, K), normal(N, K, seed=5)
+    exact, size = x.double() @ y.double().t(), x.double().abs() @ y.double().abs().t()
+    assert ((parted.in_terms(x, y, MULTIPLY, (True, True)) - exact).abs() <= K * 2.0**-24 * size).all()
+    narrow = y.bfloat16()
+    assert ((parted.in_terms(x, narrow, MULTIPLY, (True, False)) - x.double() @ narrow.double().t()).abs().max()) < 1e-4
+    assert parted.has_terms(x)
+    assert not parted.has_terms(narrow)
+
+
+def test_the_product_is_added_or_rounded_once() -> None:
+    a = PartedTensor(exactly_summable(M, K), whole_numbers(M, K, 1))
+    b = exactly_summable(N, K)
+    total = torch.ones(M, N)
+    assert parted.matmul(a, b, MULTIPLY, into=total) is total
+    assert torch.equal(total, numerics.matmul(a, b) + 1)
+    assert torch.equal(parted.matmul(a, b, MULTIPLY, out=torch.bfloat16), numerics.matmul(a, b).bfloat16())
+
+
+def values(q: BlockScaledTensor) -> Tensor:
+    """[R, K] fp32, in the basis of the codes, not normalized."""
+    return numerics.dequantize(replace(q, rotation=1))
