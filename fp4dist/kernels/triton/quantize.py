@@ -67,7 +67,8 @@ class _Source(NamedTuple):
         q, t, (rows, cols) = self.codes, self.tensor, self.shape
         aligned = t.data_ptr() % 16 == 0 and (q is None or q.scales.data_ptr() % 16 == 0)
         block = None if q is None else (q.block, q.format.scale.name)
-        sizes = rows == 1, min(rows & -rows, 128), min(cols & -cols, 128), integer(self.stride)
+        uneven = cols % _width(cols) != 0  # 1024 and 2816 columns have strips of one width, which divides the first
+        sizes = rows == 1, min(rows & -rows, 128), min(cols & -cols, 128), uneven, integer(self.stride)
         return self.read, t.dtype, sizes, aligned, block, self.turn[0], t.device
 
     def constants(self) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""What is kept for "all matrices of one layout" must not depend on which of them came first."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fp4dist.kernels.triton import quantize as module
+from fp4dist.kernels.triton.launch import integer
+from fp4dist.numerics.tensor import Want
+from fp4dist.spec.build import build
+from fp4dist.spec.recipe import QuantSpec
+
+SPECS = (
+    {"format": "nvfp4"},
+    {"format": "nvfp4", "block": [16, 16]},
+    {"format": "nvfp4", "scale": "four_over_six"},
+    {"format": "nvfp4", "rounding": "eden", "rotation": {"size": 128, "signs": "fresh"}},
+    {"format": "mxfp4"},
+    {"format": "mxfp4", "scale": "quest", "rotation": {"size": 32, "signs": "none"}},
+)
+ROWS = (1, 16, 48, 128, 160, 4096)
+COLUMNS = (128, 256, 384, 512, 768, 1024, 1152, 1536, 2048, 2816, 3072, 5632)
+
+
+def sources() -> list[Any]:
+    """Rows and transposes of many sizes, strides and alignments."""
+    found = []
+    for rows, columns in itertools.product(ROWS, COLUMNS):
+        whole = torch.empty(rows, columns + 24, dtype=torch.bfloat16)
+        for x in (torch.empty(rows, columns, dtype=torch.bfloat16), whole[:, :columns], whole[:, 1 : columns + 1]):
+            found.append(module._Source.of(x))
+            found.append(module._Source.of(torch.empty(columns, rows, dtype=torch.bfloat16).t()))
+    return found
+
+
+def specialization(source: Any) -> tuple[object, ...]:
+    """What Triton compiles a kernel for, of this source's arguments."""
+    tensor, rest = source.tensor, (source.stride, *source.shape)
+    return tensor.dtype, tensor.data_ptr() % 16 == 0, *map(integer, rest)
+
+
+@pytest.mark.parametrize("data", SPECS, ids=str)
+def test_sources_of_one_form_share_its_constants(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, want = build(QuantSpec, data), Want(codes=True, carrier=torch.bfloat16)
+    block_rows, multiple = spec.shape[0], max(spec.shape[1], spec.rotation.size if spec.rotation else 1)
+    fitting = [s for s in sources() if s.shape[0] % block_rows == 0 and s.shape[1] % multiple == 0]
+    assert len(fitting) > 50
+    shared: dict[str, Any] = {"_FORMS": {}, "_AMAX": {}}
+    compiled: dict[object, object] = {}
+    for source in [*fitting, *reversed(fitting)]:
+        for name in shared:
+            monkeypatch.setattr(module, name, {})
+        alone = module._Form.of(source, spec, want, signed=False)
+        for name, kept in shared.items():
+            monkeypatch.setattr(module, name, kept)
+        found = module._Form.of(source, spec, want, signed=False)
+        assert found.constants == alone.constants, source.shape
+        assert (found.amax is None) == (alone.amax is None)
+        if found.amax is not None and alone.amax is not None:
+            assert found.amax.constants == alone.amax.constants, source.shape
+            assert compiled.setdefault(found.amax.form, specialization(source)) == specialization(source)
+        assert compiled.setdefault(found.form, specialization(source)) == specialization(source), source.shape
