@@ -185,11 +185,14 @@ def test_near_the_time_limit_the_job_saves_and_is_queued_again(tmp_path: Path, e
     text = slurm_text(tmp_path)
     step = f"(trap 'exit {ends_with}' TERM; echo $BASHPID >{tmp_path}/step; while :; do sleep 0.1; done) &"
     script = tmp_path / "last.sh"
-    script.write_text("set -euo pipefail\n" + step + text[text.index("\n\n# Before the time limit") :])
+    last = text[text.index("\n\n# Before the time limit") :]
+    script.write_text("set -euo pipefail\n" + step + last.replace(" USR1\n", f" USR1\n: >{tmp_path}/trapped\n"))
     variables = slurm(tmp_path, 1, ["n1"])
     (tmp_path / "bin/scancel").write_text(f"#!/bin/sh\nkill -TERM $(cat {tmp_path}/step)\n")
     batch = start(["bash", str(script)], **variables)
-    while not (tmp_path / "step").exists() or not (tmp_path / "step").read_text():
+    while (
+        not (tmp_path / "trapped").exists() or not (tmp_path / "step").exists() or not (tmp_path / "step").read_text()
+    ):
         time.sleep(0.02)
     batch.send_signal(signal.SIGUSR1)
     done(batch, code=ends_with, timeout=20)

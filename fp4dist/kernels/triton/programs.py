@@ -1,5 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # Triton's own language: its kernels' parameters have no types, branches on constants look like run-time ones.
 """Device code: what one program does with its tile [R, N] of the output orientation.
 
