@@ -61,7 +61,7 @@ def _product(a: Operand, b: Operand, rotation: int) -> Tensor:
     """[M, N] of one sample each."""
     if not isinstance(a, PartedTensor) and not isinstance(b, PartedTensor):
         return _codes_product(a, b, rotation)
-    left, right = _Parts.of(a), _Parts.of(b)
+    left, right = OperandParts.of(a), OperandParts.of(b)
     total, factor = _codes_product(left.main, right.main, rotation), fp32(1.0 / rotation)
     if left.side is not None:
         total = total + _gemm(left.side, right.met_by(left)) * factor
@@ -71,7 +71,7 @@ def _product(a: Operand, b: Operand, rotation: int) -> Tensor:
     return total
 
 
-class _Parts(NamedTuple):
+class OperandParts(NamedTuple):
     """An operand's parts, unnormalized in its rotated basis."""
 
     main: Single
@@ -79,12 +79,13 @@ class _Parts(NamedTuple):
     partner: Tensor | None
 
     @classmethod
-    def of(cls, operand: Operand) -> _Parts:
+    def of(cls, operand: Operand) -> OperandParts:
+        """A plain or quantized operand has its main part alone."""
         if isinstance(operand, PartedTensor):
             return cls(operand.main, operand.side, operand.partner)
         return cls(operand, None, None)
 
-    def met_by(self, left: _Parts) -> Tensor:
+    def met_by(self, left: OperandParts) -> Tensor:
         """[N, K] fp32 what the side of `left` multiplies; a partner of left's already meets our side."""
         if self.partner is not None:
             return self.partner

@@ -77,6 +77,32 @@ def decode_e8m0(byte):
 
 
 @triton.jit
+def power_byte(found, RULE: tl.constexpr, finer, exponent, mantissa):
+    """int32 E8M0 byte for a block's amax (or step). RULE 1 floor, 2 ceil, 3 ceil of amax, 4 quest below,
+    5 quest nearest.
+
+    exponent, mantissa   those of the grid's largest level
+    """
+    b = bits(found)
+    own, rest = (b >> 23) & 0xFF, b & 0x7FFFFF
+    if RULE == 1:
+        byte = own - exponent
+    elif RULE == 2:
+        byte = own - exponent + (rest > mantissa).to(tl.int32)
+    elif RULE == 3:
+        byte = own + (rest > 0).to(tl.int32)
+    elif RULE == 4:
+        byte = own
+    else:
+        byte = own + (rest > 0x3504F3).to(tl.int32)
+    byte = tl.where(own == 255, 255, tl.minimum(tl.maximum(byte, 0), 254))
+    if RULE == 3:
+        share = found * tl.div_rn(1.0, decode_e8m0(byte))
+        byte = byte - ((share < finer) & (byte > 0)).to(tl.int32)
+    return byte
+
+
+@triton.jit
 def e2m1_nearest(a):
     """|u| -> int32 level index, ties to even, saturating; NaN -> 7."""
     step = tl.where(a < 2.0, 2.0, tl.where(a < 4.0, 1.0, 0.5))

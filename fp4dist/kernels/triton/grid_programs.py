@@ -143,28 +143,6 @@ def decode_scale(stored, SCALE: tl.constexpr):
 
 
 @triton.jit
-def power_byte(found, RULE: tl.constexpr, finer, exponent, mantissa):
-    """int32 E8M0 byte for a block's amax (or step); exponent, mantissa: those of the grid's largest level."""
-    b = a.bits(found)
-    own, rest = (b >> 23) & 0xFF, b & 0x7FFFFF
-    if RULE == 2:
-        byte = own - exponent
-    elif RULE == 3:
-        byte = own - exponent + (rest > mantissa).to(tl.int32)
-    elif RULE == 4:
-        byte = own + (rest > 0).to(tl.int32)
-    elif RULE == 5:
-        byte = own
-    else:
-        byte = own + (rest > 0x3504F3).to(tl.int32)
-    byte = tl.where(own == 255, 255, tl.minimum(tl.maximum(byte, 0), 254))
-    if RULE == 4:
-        share = found * tl.div_rn(1.0, a.decode_e8m0(byte))
-        byte = byte - ((share < finer) & (byte > 0)).to(tl.int32)
-    return byte
-
-
-@triton.jit
 def quest_step(y, factor, STD: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """[R/BR, N/BC] factor * standard deviation (or root mean square)."""
     unit = a.decode_e8m0((a.block_max_bits(y, R, N, BR, BC) >> 23) & 0xFF)
@@ -357,7 +335,7 @@ def grid_kernel(
         else:
             found = a.floats(a.block_max_bits(y, R, N, BR, BC))
         if SCALE == 1:
-            stored = power_byte(found, RULE, finer, exponent, mantissa)
+            stored = a.power_byte(found, RULE - 1, finer, exponent, mantissa)
             multiplier = a.below(tl.div_rn(1.0, a.decode_e8m0(stored)) * after, a.FLT_MAX)
         elif SCALE == 4:
             step = tl.div_rn(found, v)

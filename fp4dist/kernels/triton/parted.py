@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fp4dist.kernels.triton import grids
-from fp4dist.numerics.matmul import Operand, Single, check_product
+from fp4dist.numerics.matmul import Operand, OperandParts, Single, check_product
 from fp4dist.numerics.scales import divide
-from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, PartedTensor
+from fp4dist.numerics.tensor import BlockScaledTensor, Carrier
 
 Multiply = Callable[..., Tensor]
 _TERMS = 3  # of 8 significant bits each: all of fp32's 24
@@ -31,7 +30,7 @@ def matmul(
     multiply   the GEMM of operands without parts, called as that one
     """
     rotation = check_product(a, b, out, into)
-    left, right = _Parts.of(a), _Parts.of(b)
+    left, right = OperandParts.of(a), OperandParts.of(b)
     total = _Sum(multiply(left.main, right.main, into=into), multiply, rotation)
     if left.side is not None:
         if right.partner is not None:
@@ -98,20 +97,6 @@ def _as_terms(x: Single) -> list[Carrier]:
         return [Carrier(term, x.global_scale, x.rotation) for term in _terms(values)]
     assert isinstance(x, Tensor)
     return [Carrier(term, torch.ones((), device=x.device)) for term in _terms(x)]
-
-
-class _Parts(NamedTuple):
-    """An operand's parts, unnormalized in its rotated basis."""
-
-    main: Single
-    side: Tensor | None
-    partner: Tensor | None
-
-    @classmethod
-    def of(cls, operand: Operand) -> _Parts:
-        if isinstance(operand, PartedTensor):
-            return cls(operand.main, operand.side, operand.partner)
-        return cls(operand, None, None)
 
 
 class _Sum:

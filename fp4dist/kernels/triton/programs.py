@@ -217,30 +217,6 @@ def _block_sum(z, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.cons
 
 
 @triton.jit
-def _power_byte(found, RULE: tl.constexpr, finer):
-    """int32 exponent + 127 of the power of two for a block's amax (or step). RULE 1 floor, 2 ceil, 3 ceil of amax,
-    4 quest below, 5 quest nearest.
-    """
-    b = a.bits(found)
-    exponent, mantissa = (b >> 23) & 0xFF, b & 0x7FFFFF
-    if RULE == 1:
-        byte = exponent - 2
-    elif RULE == 2:
-        byte = exponent - 2 + (mantissa > 0x400000).to(tl.int32)
-    elif RULE == 3:
-        byte = exponent + (mantissa > 0).to(tl.int32)
-    elif RULE == 4:
-        byte = exponent
-    else:
-        byte = exponent + (mantissa > 0x3504F3).to(tl.int32)
-    byte = tl.where(exponent == 255, 255, tl.minimum(tl.maximum(byte, 0), 254))
-    if RULE == 3:
-        share = found * tl.div_rn(1.0, a.decode_e8m0(byte))
-        byte = byte - ((share < finer) & (byte > 0)).to(tl.int32)
-    return byte
-
-
-@triton.jit
 def _quest_step(y, factor, STD: tl.constexpr, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr):
     """[G] factor * standard deviation (or root mean square)."""
     exponent = (a.bits(_block_amax(y, R, N, E, BR)) >> 23) & 0xFF
@@ -305,7 +281,7 @@ def _side(
     READ: tl.constexpr, P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr,
     QE8M0: tl.constexpr, BACK: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
 ):  # fmt: skip
-    """Quantize one tile. RULE 0: E4M3 of the block's amax; 6: the better of it and 1.5 of it; 1 to 5: `_power_byte`;
+    """Quantize one tile. RULE 0: E4M3 of the block's amax; 6: the better of it and 1.5 of it; 1 to 5: `power_byte`;
     7: MS-EDEN, whose corrected scales stay fp32 here, their largest bits go to `top`. ROUND 0: nearest, 1: stochastic.
     outer: bits of the tensor's amax, under E4M3 scales, whose decode scale goes to `top`.
     CARRIER 0: none, 1: in bf16, 2: one will be made in FP8, which needs the largest byte in `top`.
@@ -346,7 +322,7 @@ def _side(
                 found = _quest_step(y, factor, STD, R, N, E, BR) + 1e-8
             else:
                 found = _block_amax(y, R, N, E, BR)
-            stored = _power_byte(found, RULE, finer)
+            stored = a.power_byte(found, RULE, finer, 2, 0x400000)  # of 6
             scale = a.decode_e8m0(stored)
             multiplier = tl.div_rn(1.0, scale)
             if RULE == 3:

@@ -192,7 +192,6 @@ def amax(x: Tensor) -> Tensor:
     return _largest(_Amax.of(src, 16, 1, False), src, (0, 0, 0, 0)).view(torch.float32)
 
 
-UNROTATES = True  # `requantize` takes `back`
 # (rows, columns) of a tile and warps, by how the matrix is read (READ of `programs`) and the columns of a block: the
 # fastest of those tried on an H100 with 16384 x 4096 bf16.
 _TILES = {

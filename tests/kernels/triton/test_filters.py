@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fp4dist.kernels.triton import filters
 from fp4dist.spec.build import build
 from fp4dist.spec.recipe import QuantSpec
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.kernels.triton.interpreter import check
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels are tested instead")
 def test_the_interpreted_filters_have_the_references_bits() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton.filters_parity"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "no difference in" in done.stdout
+    check("filters_parity", "no difference in")
 
 
 @pytest.mark.gpu

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,19 +9,12 @@ from fp4dist.kernels.triton.matmul import carrier_types
 from fp4dist.spec.build import build
 from fp4dist.spec.recipe import QuantSpec
 from tests.generators import spec
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.kernels.triton.interpreter import check
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels are tested instead")
 def test_the_interpreted_gemms_are_exact() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton.gemm_parity"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "no difference on" in done.stdout
+    check("gemm_parity", "no difference on")
 
 
 @pytest.mark.gpu

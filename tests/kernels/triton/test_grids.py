@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,20 +11,13 @@ from fp4dist.spec.build import build
 from fp4dist.spec.load import load_recipe, shipped
 from fp4dist.spec.recipe import QuantSpec
 from fp4dist.spec.run import BackendConfig
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.kernels.triton.interpreter import check
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels are tested instead")
 def test_the_interpreted_kernels_have_the_references_bits() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton.grids_parity"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "no difference in" in done.stdout
+    check("grids_parity", "no difference in")
 
 
 @pytest.mark.gpu

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fp4dist.spec.load import shipped
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.kernels.triton.interpreter import check
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels are tested instead")
 def test_interpreted_linears_are_the_references() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton.linears_parity"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "no difference in" in done.stdout
+    check("linears_parity", "no difference in")
 
 
 @pytest.mark.gpu
