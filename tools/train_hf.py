@@ -94,7 +94,7 @@ def loss_of(model: LlamaForCausalLM, batch: Tensor, options: argparse.Namespace)
 def train(recipe: str, vocab_size: int, train_tokens: Tensor, valid_tokens: Tensor, options: argparse.Namespace) -> Run:
     """One run: the only lines that FP4 needs are apply_recipe and set_step."""
     model = make_model(vocab_size, options)
-    backend = BackendConfig(allow_reference=True)  # on a GPU: right, and slow
+    backend = BackendConfig()
     applied = fp4dist.apply_recipe(model, recipe, backend=backend, tokens=options.batch * options.sequence)
     print(f"\n{applied.table()}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
