@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fp4dist
-from fp4dist.spec.run import BackendConfig, PrepareConfig
+from fp4dist.spec.run import PrepareConfig
 from fp4dist.train.prepare import prepare
 from fp4dist.train.token_files import read_index
 
@@ -94,8 +94,7 @@ def loss_of(model: LlamaForCausalLM, batch: Tensor, options: argparse.Namespace)
 def train(recipe: str, vocab_size: int, train_tokens: Tensor, valid_tokens: Tensor, options: argparse.Namespace) -> Run:
     """One run: the only lines that FP4 needs are apply_recipe and set_step."""
     model = make_model(vocab_size, options)
-    backend = BackendConfig()
-    applied = fp4dist.apply_recipe(model, recipe, backend=backend, tokens=options.batch * options.sequence)
+    applied = fp4dist.apply_recipe(model, recipe, tokens=options.batch * options.sequence)
     print(f"\n{applied.table()}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps, pct_start=0.1)
