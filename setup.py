@@ -1,15 +1,16 @@
 """Metadata, extras and the optional CUDA extension of fp4dist. It touches no network and imports nothing of ours.
 
-    pip install -c constraints.txt .                                       pure Python, no compiler is touched
-    FP4DIST_CUDA=1 pip install --no-build-isolation -c constraints.txt .   also builds csrc/ into fp4dist._C
+    pip install -c constraints.txt .                      pure Python, no compiler is touched
+    FP4DIST_CUDA=1 pip install --no-build-isolation .     also builds csrc/ into fp4dist._C
 
-The second form compiles against the torch that is installed, hence --no-build-isolation. TORCH_CUDA_ARCH_LIST
-(for example "9.0;10.0;10.3;12.0") chooses the architectures, by default those of the GPUs that are present.
+The second form compiles against the torch that is installed, hence --no-build-isolation. FP4DIST_CUDA_ARCHS (for
+example "sm_90a,sm_100a") chooses the architectures: by default those of the GPUs that are present, else those that
+csrc/build.py lists.
 """
 
 import os
 import re
-import shutil
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -57,30 +58,7 @@ def cuda_build() -> dict[str, Any]:
         return {}
     if wanted != "1":
         raise SystemExit(f"FP4DIST_CUDA = {wanted!r} must be 0 or 1")
-    retry = "then run: FP4DIST_CUDA=1 pip install --no-build-isolation -c constraints.txt ."
-    try:
-        import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CUDAExtension
-    except ImportError as missing:
-        raise SystemExit(
-            f"FP4DIST_CUDA=1 compiles against the installed torch, which this build cannot import ({missing}); "
-            f"pip's build isolation hides it. Install torch and setuptools, {retry}"
-        ) from missing
-    if torch.version.cuda is None:
-        raise SystemExit(
-            f"FP4DIST_CUDA=1 needs a CUDA build of torch; {torch.__version__} is for the CPU. Install one, {retry}"
-        )
-    if CUDA_HOME is None or shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")) is None:
-        raise SystemExit(
-            f"FP4DIST_CUDA=1 needs nvcc, and there is none in CUDA_HOME ({CUDA_HOME}) or on PATH. "
-            f"Install the CUDA toolkit {torch.version.cuda} that torch was built with, set CUDA_HOME, {retry}"
-        )
-    csrc = ROOT / "csrc"
-    sources = sorted(str(path.relative_to(ROOT)) for path in [*csrc.glob("*.cpp"), *csrc.glob("*.cu")])
-    # -fmad=false: the numerics contract asks for every operation rounded on its own
-    flags = {"cxx": ["-O3"], "nvcc": ["-O3", "-fmad=false"]}
-    extension = CUDAExtension("fp4dist._C", sources, extra_compile_args=flags)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    return runpy.run_path(str(ROOT / "csrc" / "build.py"))["extension"](ROOT)
 
 
 readme = ROOT / "README.md"

@@ -11,6 +11,8 @@
 
 #include <cuda_fp16.h>
 
+#include "portable.cuh"
+
 namespace fp4dist {
 namespace {
 
@@ -117,7 +119,8 @@ cudaError_t launch(const void* data, int64_t numel, float* out, cudaStream_t str
   const int64_t work = (vectors + kThreads - 1) / kThreads;
   const int64_t most = static_cast<int64_t>(processors) * kBlocksPerSm;
   const auto blocks = static_cast<unsigned>(work < 1 ? 1 : (work < most ? work : most));
-  amax_kernel<Bits><<<blocks, kThreads, 0, stream>>>(x, numel, head, vectors, reinterpret_cast<uint32_t*>(out));
+  const auto kernel = &amax_kernel<Bits>;
+  FP4DIST_LAUNCH(kernel, blocks, kThreads, 0, stream, x, numel, head, vectors, reinterpret_cast<uint32_t*>(out));
   return cudaGetLastError();
 }
 

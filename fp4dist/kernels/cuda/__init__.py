@@ -13,7 +13,7 @@ import torch  # noqa: F401 (the extension's symbols are in torch's libraries, wh
 from fp4dist.kernels.registry import declare_missing
 
 EXTENSION = "fp4dist._C"
-BUILD = "FP4DIST_CUDA=1 pip install --no-build-isolation -c constraints.txt ."
+BUILD = "FP4DIST_CUDA=1 pip install --no-build-isolation ."
 
 
 def load_extension() -> str | None:

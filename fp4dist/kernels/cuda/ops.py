@@ -7,10 +7,14 @@ torch's has built may end the process there instead of raising (seen once).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fp4dist.kernels.cuda import decode, jobs, matmul, quantize
 from fp4dist.kernels.registry import Request, kernel
+from fp4dist.numerics.matmul import Operand
 
 OLDEST = (8, 0)  # compute capability; the warp-wide integer reduction appeared with it
 
@@ -23,6 +27,34 @@ def supports(request: Request) -> str | None:
     if capability < OLDEST:
         return f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, not {capability[0]}.{capability[1]}"
     return None
+
+
+def supports_spec(request: Request) -> str | None:
+    """Why the quantizers cannot serve `request`, or None."""
+    if request.spec is None:
+        return supports(request) or "needs a spec"
+    return supports(request) or jobs.why_not(request.spec)
+
+
+def supports_pair(request: Request) -> str | None:
+    """Why one reading of a matrix cannot serve both specs of `request`, or None."""
+    if request.spec is None or request.other is None:
+        return supports(request) or "needs two specs"
+    return supports(request) or jobs.why_not_pair(request.spec, request.other)
+
+
+def quantize_pair(x: Tensor, row: tuple[Any, ...], column: tuple[Any, ...]) -> tuple[Operand, Operand]:
+    """Both operands of one matrix; row, column: the arguments of `quantize` after the matrix, and `want`."""
+    return quantize.quantize_pair(x, quantize.Side(*row), quantize.Side(*column))
+
+
+kernel("quantize", backend="cuda", supports=supports_spec, carries=True)(quantize.quantize)
+kernel("requantize", backend="cuda", supports=supports_spec, carries=True, unrotates=True)(quantize.requantize)
+kernel("quantize_pair", backend="cuda", supports=supports_pair)(quantize_pair)
+kernel("to_carrier", backend="cuda", supports=supports_spec)(decode.to_carrier)
+kernel("dequantize", backend="cuda", supports=lambda r: supports(r) or matmul.supports_codes(r))(matmul.dequantize)
+kernel("matmul", backend="cuda", supports=matmul.supports, carrier_types=matmul.carrier_types)(matmul.matmul)
+kernel("grouped_matmul", backend="cuda", supports=matmul.supports)(matmul.grouped_matmul)
 
 
 @kernel("amax", backend="cuda", supports=supports)
@@ -59,3 +91,11 @@ def _is_dense(x: Tensor) -> bool:
 @torch.library.register_fake("fp4dist::amax")
 def _amax_shape(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
+
+
+def _writes_only(*_: Any) -> None:
+    """The other operators write what they are given and return nothing."""
+
+
+for _name in ("quantize", "quantize_pair", "eden_scales", "decode", "largest_byte", "swizzle"):
+    torch.library.register_fake(f"fp4dist::{_name}")(_writes_only)

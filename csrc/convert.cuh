@@ -1,0 +1,202 @@
+// Every conversion between fp32 and the codes of FP4 training, and the only code that differs between architectures.
+//
+// The contract is fp4dist/numerics/codes.py, bit for bit. Where the machine has an instruction with these bits it is
+// used (FP4DIST_E2M1_HARDWARE: sm_100a, sm_103a, sm_120a; FP4DIST_E4M3_HARDWARE: sm_89 and newer); everywhere else, and
+// on the host, the same function is integer arithmetic. Both forms stand side by side here, and nothing outside this
+// file asks for an architecture. The integer forms of all functions were run; see README.md for what was not.
+#pragma once
+
+#include "portable.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
+#define FP4DIST_E2M1_HARDWARE 1
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL)
+#define FP4DIST_E2M1_STOCHASTIC_HARDWARE 1  // absent on sm_120a
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define FP4DIST_E4M3_HARDWARE 1
+#endif
+
+namespace fp4dist {
+
+constexpr float kMaxFloat = 3.4028234663852886e38f;
+constexpr float kMinNormal = 1.1754943508222875e-38f;
+constexpr uint32_t kSign = 0x80000000u;
+constexpr uint32_t kInfinity = 0x7f800000u;
+constexpr uint32_t kNanCodes = 0x77777777u;  // eight codes of a NaN, which has no sign
+
+__host__ __device__ __forceinline__ uint32_t bits(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  uint32_t b;
+  __builtin_memcpy(&b, &x, 4);
+  return b;
+#endif
+}
+
+__host__ __device__ __forceinline__ float floats(uint32_t b) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(b);
+#else
+  float x;
+  __builtin_memcpy(&x, &b, 4);
+  return x;
+#endif
+}
+
+__host__ __device__ __forceinline__ float not_a_number() { return floats(0x7fc00000u); }
+
+// `word` with the code in the top four bits of `next` below its own.
+__host__ __device__ __forceinline__ uint32_t with_code(uint32_t word, uint32_t next) {
+#ifdef __CUDA_ARCH__
+  return __funnelshift_l(next, word, 4);
+#else
+  return (word << 4) | (next >> 28);
+#endif
+}
+
+// min(x, limit); a NaN stays.
+__host__ __device__ __forceinline__ float below(float x, float limit) { return x > limit ? limit : x; }
+
+// An E2M1 code in the top four bits of a word -> its value; -0 stays.
+__host__ __device__ __forceinline__ float e2m1_value(uint32_t nibble) {
+  const uint32_t level = (nibble >> 6) & 0x01c00000u;  // exponent and mantissa where fp32 has them, 2^126 too small
+  return floats(level | (nibble & kSign)) * 8.507059173023462e37f;
+}
+
+// ---- integer forms ----------------------------------------------------------------------------------------------
+
+// u (any but NaN) -> level of its magnitude, and a word whose top four bits are the code: nearest, ties to even,
+// saturating. Adding p (2^22 + 3), p = 2^floor(log2 max(|u|, 1)), rounds to the step p/2 of u's binade; the number of
+// steps in the low bits and the exponent above then sum up to the index.
+__host__ __device__ __forceinline__ uint32_t e2m1_nearest_integer(float u, float& level) {
+  const uint32_t magnitude = bits(u) & 0x7fffffffu;
+  const float a = floats(magnitude < 0x40c00000u ? magnitude : 0x40c00000u);  // 6
+  const uint32_t raised = bits(a) > 0x3f800000u ? bits(a) : 0x3f800000u;
+  const float p = floats(raised & kInfinity);
+  const float rounded = fmaf(p, 4194307.0f, a);
+  level = fmaf(p, -4194307.0f, rounded);
+  return ((bits(rounded) * 0x10000040u) & 0x7fffffffu) | (bits(u) & kSign);
+}
+
+// a in [0, 6] -> as above, up if a is above the level below it by more than (noise + 1/2) / 2^16 of a step; threshold
+// is noise << 6 | 32; the sign is that of `sign`. Below 1 the step is that of [1, 2), so 1 is added there: then a step
+// is always the upper half of a mantissa, and the level below with the threshold under it is the exact value that u is
+// compared with.
+__host__ __device__ __forceinline__ uint32_t e2m1_stochastic_integer(float a, float sign, uint32_t threshold,
+                                                                     float& level) {
+  const float one = a < 1.0f ? 1.0f : 0.0f;
+  const uint32_t b = bits(a + one);
+  const uint32_t under = b & 0xffc00000u;
+  const uint32_t step = a > floats(under | threshold) - one ? 0x00400000u : 0u;
+  level = floats(under + step) - one;
+  return (((b + bits(one) + step + 16777216u) << 6) & 0x7fffffffu) | (bits(sign) & kSign);
+}
+
+// Non-negative fp32 -> E4M3: nearest even, saturating at 448, NaN -> 0x7f.
+__host__ __device__ __forceinline__ uint32_t e4m3_nearest_integer(float x) {
+  const uint32_t b = bits(x > 448.0f ? 448.0f : x);
+  const uint32_t normal = ((b + 0x7ffffu + ((b >> 20) & 1u)) >> 20) - (120u << 3);
+  const uint32_t subnormal = bits((x > 0.015625f ? 0.015625f : x) * 512.0f + 8388608.0f) & 0xffu;
+  return x != x ? 0x7fu : (x < 0.015625f ? subnormal : normal);
+}
+
+// ---- what kernels call: eight elements of a row at a time -----------------------------------------------------------
+
+// u[0..8), none of them NaN -> the word of their eight codes, the first one lowest; the levels of their magnitudes.
+__host__ __device__ __forceinline__ uint32_t e2m1x8_nearest(const float* u, float* level) {
+#ifdef FP4DIST_E2M1_HARDWARE
+  uint32_t word;
+  asm("{\n\t.reg .b8 b0, b1, b2, b3;\n\t"
+      "cvt.rn.satfinite.e2m1x2.f32 b0, %2, %1;\n\t"
+      "cvt.rn.satfinite.e2m1x2.f32 b1, %4, %3;\n\t"
+      "cvt.rn.satfinite.e2m1x2.f32 b2, %6, %5;\n\t"
+      "cvt.rn.satfinite.e2m1x2.f32 b3, %8, %7;\n\t"
+      "mov.b32 %0, {b0, b1, b2, b3};\n\t}"
+      : "=r"(word)
+      : "f"(u[0]), "f"(u[1]), "f"(u[2]), "f"(u[3]), "f"(u[4]), "f"(u[5]), "f"(u[6]), "f"(u[7]));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) level[i] = e2m1_value((word << (28 - 4 * i)) & 0x70000000u);
+  return word;
+#else
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) word = with_code(word, e2m1_nearest_integer(u[i], level[i]));
+  return word;
+#endif
+}
+
+// The same with noise: a threshold rule that no conversion instruction has, so all architectures compute it alike.
+// noise: four words, the 16-bit half number i of them is that of element i. a: magnitudes of at most 6, none NaN.
+__host__ __device__ __forceinline__ uint32_t e2m1x8_stochastic(const float* a, const float* signs,
+                                                               const uint32_t* noise, float* level) {
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) {
+    const uint32_t half = i % 2 ? noise[i / 2] >> 10 : noise[i / 2] << 6;
+    word = with_code(word, e2m1_stochastic_integer(a[i], signs[i], (half & 0x003fffc0u) | 32u, level[i]));
+  }
+  return word;
+}
+
+__host__ __device__ __forceinline__ uint32_t e4m3_nearest(float x) {
+#ifdef FP4DIST_E4M3_HARDWARE
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+  return pair & 0x7fu;
+#else
+  return e4m3_nearest_integer(x);
+#endif
+}
+
+// ---- one form everywhere: once a block, or exact ------------------------------------------------------------------
+
+// Non-negative fp32 -> E4M3, up with the probability of the distance from the value below; noise: 32 bits.
+__host__ __device__ __forceinline__ uint32_t e4m3_stochastic(float x, uint32_t noise) {
+  const float clamped = x > 448.0f ? 448.0f : x;
+  const uint32_t b = bits(clamped);
+  const float steps = (clamped > 0.015625f ? 0.015625f : clamped) * 512.0f;
+  const bool normal = x >= 0.015625f;
+  const float floor = static_cast<float>(static_cast<int>(steps));
+  const uint32_t code = normal ? (b >> 20) - (120u << 3) : static_cast<uint32_t>(static_cast<int>(floor));
+  const float distance = normal ? static_cast<float>(b & 0xfffffu) * 9.5367431640625e-07f : steps - floor;
+  const float threshold = (static_cast<float>(noise >> 9) * 2.0f + 1.0f) * 5.9604644775390625e-08f;
+  return x != x ? 0x7fu : code + (distance > threshold ? 1u : 0u);
+}
+
+// E4M3 code below 128 -> fp32.
+__host__ __device__ __forceinline__ float e4m3_value(uint32_t code) {
+  const float value = floats(code << 20) * 1.329227995784916e36f;  // as e2m1_value: 2^120 too small
+  return code == 0x7fu ? not_a_number() : value;
+}
+
+// E8M0 byte -> fp32.
+__host__ __device__ __forceinline__ float e8m0_value(uint32_t byte) {
+  return byte == 255u ? not_a_number() : floats(byte == 0u ? 0x00400000u : byte << 23);
+}
+
+// E8M0 byte -> 1 / its value, exact.
+__host__ __device__ __forceinline__ float e8m0_reciprocal(uint32_t byte) {
+  return byte == 255u ? not_a_number() : floats(byte == 254u ? 0x00400000u : (254u - byte) << 23);
+}
+
+// Two fp32 that bf16 holds exactly -> their word, the first one lowest.
+__host__ __device__ __forceinline__ uint32_t bf16x2_exact(float first, float second) {
+  return (bits(first) >> 16) | (bits(second) & 0xffff0000u);
+}
+
+#ifdef FP4DIST_E2M1_STOCHASTIC_HARDWARE
+// The machine's own stochastic rounding: eight random bits an element, in the order that PTX gives them. Its codes are
+// not those of e2m1x8_stochastic, so no kernel calls it under that name; kept for a rounding of its own.
+__device__ __forceinline__ uint32_t e2m1x4_stochastic_hardware(float a, float b, float c, float d, uint32_t noise) {
+  uint16_t word;
+  asm("cvt.rs.satfinite.e2m1x4.f32 %0, {%4, %3, %2, %1}, %5;"
+      : "=h"(word)
+      : "f"(a), "f"(b), "f"(c), "f"(d), "r"(noise));
+  return word;
+}
+#endif
+
+}  // namespace fp4dist

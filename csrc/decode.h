@@ -1,0 +1,44 @@
+// Host entry points of what reads codes: no arithmetic beyond exact products. No torch header.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace fp4dist {
+
+enum Carrier : int32_t { kToFloat = 0, kToBFloat16 = 1, kToE5M2 = 2, kToE4M3 = 3 };
+
+// E2M1 codes [rows, cols / 2 bytes] in memory, under one-byte scales of blocks [block_rows, block_cols].
+struct Codes {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const float* global_scale;
+  int32_t e8m0;  // else E4M3
+  int32_t rows, cols, block_rows, block_cols;
+};
+
+// Values of the codes, or (turned) of their transpose: kToFloat all of it times `factor`; kToBFloat16 code * scale; FP8
+// code
+// * scale * 2^shift, where the largest byte, at `top`, goes to the top of the type's range.
+// scale: [] the factor of all FP8 values;  lost: [] zero before, elements that FP8 cuts towards 0
+struct Decode {
+  Codes from;
+  int32_t to, turned;
+  float factor;
+  const uint32_t* top;
+  void* values;
+  float* scale;
+  uint32_t* lost;
+};
+cudaError_t launch_decode(const Decode& job, cudaStream_t stream);
+
+// The largest byte below 255 of `number` bytes, into `top`, which is zero before.
+cudaError_t launch_largest_byte(const uint8_t* scales, int64_t number, uint32_t* top, cudaStream_t stream);
+
+// Scales [rows, cols] in order -> tiles of 128 x 4 (scales.cuh), each row `repeat` times; 0 where the tiles reach
+// beyond.
+cudaError_t launch_swizzle(const uint8_t* scales, int32_t rows, int32_t cols, int32_t repeat, uint8_t* out,
+                           cudaStream_t stream);
+
+}  // namespace fp4dist

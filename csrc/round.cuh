@@ -1,0 +1,244 @@
+// One block of elements: its scale, its codes, its values, and where they are stored.
+#pragma once
+
+#include "scales.cuh"
+#include "tile.cuh"
+
+namespace fp4dist {
+
+// What a quantizer is compiled for. E: columns of a block; BR: its rows; ROT: size of the rotation, 1 for none;
+// RULE: kAmax, kFourOverSix, kEden, kMeasure, kFloor (for all powers of two of the amax) or kQuestFloor (for both).
+template <int E_, int BR_, int ROT_, Rule RULE_, bool NOISY_>
+struct Side {
+  static constexpr int E = E_, BR = BR_, ROT = ROT_;
+  static constexpr Rule RULE = RULE_;
+  static constexpr bool NOISY = NOISY_;
+  // elements of a row that a thread has (under noise, which needs registers, fewer), and of them those of one block
+  static constexpr int L = !NOISY && (E == 32 || ROT >= 32) ? 32 : 16;
+  static constexpr int W = E < L ? E : L;
+  static constexpr int kColumns = 4 * L;      // of a tile in memory
+  static constexpr int kStrips = kDepth / L;  // threads side by side along the contracted dimension
+  // resident blocks of threads that registers are to leave room for
+  static constexpr int kResident = RULE == kFourOverSix || L == 32 ? 2 : (NOISY ? 3 : 4);
+  static constexpr int kResidentTurned = NOISY && ROT > 1 ? 2 : kResident;
+  static constexpr bool kTensorScale = RULE == kAmax || RULE == kFourOverSix;
+};
+
+// What a thread knows of the whole tensor. Every thread finds it out itself, while its first elements are on their way:
+// a block that waited for one of its threads would stand still for as long as it works.
+struct Whole {
+  float raw_factor, unit;  // s_enc / v; 1 / s_enc
+  float post;              // multiplies elements read as bf16 code * scale
+  uint32_t signs;          // of this thread's elements, 32 in a row
+  Moment now;
+};
+
+template <class S>
+__device__ __forceinline__ Whole whole_of(const Job& job) {
+  Whole whole{0.0f, 1.0f, 1.0f, 0u, moment(job.noise)};
+  if (job.source >= kCodesE4M3) whole.post = *job.q_global;
+  if constexpr (S::ROT > 1) whole.signs = sign_word<S::ROT>(job.signs, threadIdx.x % 4);
+  if constexpr (S::kTensorScale) {
+    const uint32_t found = *job.outer;
+    const float amax = floats(found < kInfinity ? found : kInfinity);
+    float s_enc = below(__fdiv_rn(job.numerator, amax), kMaxFloat);
+    s_enc = amax == 0.0f || s_enc == 0.0f ? 1.0f : s_enc;
+    whole.unit = __fdiv_rn(1.0f, s_enc);
+    whole.raw_factor = s_enc * job.inverse_v;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *job.global_scale = found < kInfinity ? whole.unit : not_a_number();
+  }
+  return whole;
+}
+
+template <class S>
+__device__ __forceinline__ void store_scale(const Job& job, int row, int col, uint32_t byte) {
+  auto* scales = static_cast<uint8_t*>(job.scales);
+  const int blocks = job.cols / S::E;
+  if (job.swizzled) {
+    scales[scale_at(row, col / S::E, blocks, true)] = static_cast<uint8_t>(byte);
+  } else if (row % S::BR == 0) {
+    scales[scale_at(row / S::BR, col / S::E, blocks, false)] = static_cast<uint8_t>(byte);
+  }
+}
+
+// Eight levels with the signs of y times their scale, as bf16.
+__device__ __forceinline__ void store_values(uint32_t* to, const float* level, const float* y, float scale) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float a = floats(bits(level[2 * i] * scale) | (bits(y[2 * i]) & kSign));
+    const float b = floats(bits(level[2 * i + 1] * scale) | (bits(y[2 * i + 1]) & kSign));
+    words[i] = bf16x2_exact(a, b);
+  }
+  *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+}
+
+template <int WORDS>
+__device__ __forceinline__ void store_codes(uint32_t* to, const uint32_t* words) {
+  if constexpr (WORDS == 2) {
+    *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+  } else {
+    *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+  }
+}
+
+// Rounds eight values u (under noise their magnitudes, with the signs of y): a code word, and the levels of the
+// magnitudes.
+template <class S>
+__device__ __forceinline__ uint32_t round_eight(const float* u, const float* y, const Words& noise, float* level) {
+  return S::NOISY ? e2m1x8_stochastic(u, y, noise.w, level) : e2m1x8_nearest(u, level);
+}
+
+// The error of levels under a scale, over the whole block.
+template <class S>
+__device__ __forceinline__ float error(const float* y, const float* level, float scale, float unit, int metric) {
+  float d[S::E];
+#pragma unroll
+  for (int i = 0; i < S::E; ++i) d[i] = fabsf(y[i]) - level[i] * scale * unit;
+  if (metric == 2) return largest_of_rows<S::BR>(largest<S::E>(d));
+#pragma unroll
+  for (int i = 0; i < S::E; ++i) d[i] = metric == 0 ? d[i] * d[i] : fabsf(d[i]);
+  return sum_of_rows<S::BR>(tree_sum<S::E>(d));
+}
+
+// Where a block stands; `inside` is false for a thread without elements of its own, which takes part in exchanges only.
+struct Spot {
+  int row, col;
+  bool inside;
+};
+
+// The scale of a block: what is stored, its value, what multiplies an element before it is rounded, and before that.
+struct Scale {
+  uint32_t byte;
+  float value, multiplier;
+};
+
+// The noise of eight elements from `col` on.
+__device__ __forceinline__ Words noise_of_eight(const Job& job, const Moment& now, int row, int col) {
+  const uint32_t line = global_row(job.noise, static_cast<uint32_t>(row)) * job.noise.width;
+  return draw(job.noise, now, line + global_group(job.noise, static_cast<uint32_t>(col / 8)));
+}
+
+// Rounds and stores a thread's part y of a block under a scale; leaves its code words to the caller.
+template <class S>
+__device__ __forceinline__ void round_block(const Job& job, const Moment& now, const Spot& spot, const Scale& scale,
+                                            const float* y, uint32_t* words) {
+  const bool first = !S::kTensorScale && job.rule == kFloor;
+  auto* values = job.values + (static_cast<int64_t>(spot.row) * job.cols + spot.col) / 2;
+#pragma unroll
+  for (int g = 0; g < S::W / 8; ++g) {
+    float u[8], level[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float z = first ? y[8 * g + i] * job.before : y[8 * g + i];
+      u[i] = z * scale.multiplier;  // nearest rounding saturates by itself
+      if (S::NOISY) u[i] = at_most(fabsf(u[i]), 6.0f);
+    }
+    Words noise{};
+    if constexpr (S::NOISY) noise = noise_of_eight(job, now, spot.row, spot.col + 8 * g);
+    words[g] = round_eight<S>(u, y + 8 * g, noise, level);
+    if (spot.inside && job.values) store_values(values + 4 * g, level, y + 8 * g, scale.value);
+    if (scale.value != scale.value) words[g] = kNanCodes;
+  }
+}
+
+// The better of two E4M3 scales; see FourOverSix in fp4dist/spec/blocks.py.
+template <class S>
+__device__ __forceinline__ void best_of_two(const Job& job, float unit, const Spot& spot, Scale& scale, float raw,
+                                            const float* y, uint32_t* words) {
+  constexpr int E = S::E;
+  Scale other;
+  other.byte = e4m3_nearest(raw * 1.5f);
+  other.value = e4m3_value(other.byte);
+  other.multiplier = multiplier_of(other.value, unit);
+  uint32_t other_words[E / 8];
+  float level[E], other_level[E];
+#pragma unroll
+  for (int g = 0; g < E / 8; ++g) {
+    float u[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) u[i] = y[8 * g + i] * scale.multiplier;
+    words[g] = e2m1x8_nearest(u, level + 8 * g);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) u[i] = y[8 * g + i] * other.multiplier;
+    other_words[g] = e2m1x8_nearest(u, other_level + 8 * g);
+  }
+  const bool better =
+      error<S>(y, other_level, other.value, unit, job.metric) < error<S>(y, level, scale.value, unit, job.metric);
+  if (better) scale = other;
+#pragma unroll
+  for (int g = 0; g < E / 8; ++g) {
+    words[g] = scale.value != scale.value ? kNanCodes : (better ? other_words[g] : words[g]);
+    if (spot.inside && job.values) {
+      float chosen[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) chosen[i] = better ? other_level[8 * g + i] : level[8 * g + i];
+      auto* values = job.values + (static_cast<int64_t>(spot.row) * job.cols + spot.col) / 2;
+      store_values(values + 4 * g, chosen, y + 8 * g, scale.value);
+    }
+  }
+}
+
+// Scale, codes and values of one block, or of this thread's part y of it, of every rule but MS-EDEN; its byte.
+template <class S>
+__device__ __forceinline__ uint32_t quantize_block(const Job& job, const Whole& whole, const Spot& spot, const float* y,
+                                                   uint32_t* words) {
+  float amax = largest_of_rows<S::BR>(largest<S::W>(y));
+  if constexpr (S::W < S::E) amax = max_magnitude(amax, __shfl_xor_sync(kWarp, amax, 1));
+  static_assert(S::W == S::E || (S::W * 2 == S::E && S::RULE == kFloor), "a block of one thread, or of two");
+  Scale scale;
+  if constexpr (S::kTensorScale) {
+    const float raw = amax * whole.raw_factor;
+    scale.byte = e4m3_nearest(raw);
+    if (job.nonzero && scale.byte == 0) scale.byte = 1;
+    scale.value = e4m3_value(scale.byte);
+    scale.multiplier = multiplier_of(scale.value, whole.unit);
+    if constexpr (S::RULE == kFourOverSix) {
+      best_of_two<S>(job, whole.unit, spot, scale, raw, y, words);
+      return scale.byte;
+    }
+  } else {
+    float found = amax;
+    if constexpr (S::RULE == kQuestFloor) found = quest_step<S::E>(y, amax, job) + 1e-8f;
+    scale.byte = power_byte(found, job);
+    scale.value = e8m0_value(scale.byte);
+    scale.multiplier = e8m0_reciprocal(scale.byte);
+    if (job.rule == kCeilAmax) scale.multiplier = scale.multiplier * 6.0f;
+    scale.multiplier = below(scale.multiplier, kMaxFloat);
+  }
+  round_block<S>(job, whole.now, spot, scale, y, words);
+  return scale.byte;
+}
+
+// MS-EDEN's codes of one block, and its corrected scale.
+template <class S>
+__device__ __forceinline__ float choose_eden(const Job& job, const float* y, uint32_t* words) {
+  constexpr int E = S::E;
+  const float q = __fdiv_rn(largest<E>(y), job.v);
+  const float multiplier = q < kMinNormal ? 0.0f : __fdiv_rn(1.0f, q);
+  float u[E], level[E], squares[E];
+#pragma unroll
+  for (int i = 0; i < E; ++i) u[i] = y[i] * multiplier;
+#pragma unroll
+  for (int g = 0; g < E / 8; ++g) words[g] = e2m1x8_nearest(u + 8 * g, level + 8 * g);
+#pragma unroll
+  for (int i = 0; i < E; ++i) {
+    level[i] = fabsf(u[i]) * level[i];
+    squares[i] = u[i] * u[i];
+  }
+  const float products = tree_sum<E>(level);
+  const float s = __fdiv_rn(tree_sum<E>(squares), products);
+  const float corrected = q * (products == 0.0f ? 1.0f : s);
+  if (!(fabsf(corrected) < floats(kInfinity))) {  // rare: the codes of NaN have no sign
+#pragma unroll
+    for (int g = 0; g < E / 8; ++g) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (u[8 * g + i] != u[8 * g + i]) words[g] = (words[g] & ~(15u << (4 * i))) | (7u << (4 * i));
+      }
+    }
+  }
+  return corrected;
+}
+
+}  // namespace fp4dist

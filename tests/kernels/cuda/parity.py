@@ -1,0 +1,82 @@
+"""Where the kernels of csrc/ and the reference differ, over the matrix of tests/kernels/triton/parity.py.
+
+python -m tests.kernels.cuda.parity          # on a GPU, with the extension built; exit status 1 if anything differs
+python -m tests.kernels.cuda.parity 3 8      # every eighth spec from the fourth on, for several processes
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from fp4dist import numerics
+from fp4dist.kernels.cuda import decode, jobs, ops, quantize
+from fp4dist.numerics.layout import swizzle
+from fp4dist.spec.build import build
+from fp4dist.spec.recipe import QuantSpec
+from tests.generators import families
+from tests.kernels.triton import parity as matrix
+
+EDEN = {  # of other rotations than the recipes'
+    f"eden {size} {signs}": {"format": "nvfp4", "rounding": "eden", "rotation": {"size": size, "signs": signs}}
+    for size, signs in ((16, "fresh"), (32, "fresh"))
+}
+OURS = {
+    "quantize": quantize.quantize, "requantize": quantize.requantize, "quantize_pair": quantize.quantize_pair,
+    "Side": quantize.Side, "amax": ops.amax, "to_carrier": decode.to_carrier,
+    "is_fast": lambda spec: jobs.why_not(spec) is None,
+    "why_not_pair": jobs.why_not_pair, "dequantize": decode.dequantize, "matmul": numerics.matmul,
+}  # fmt: skip
+CHECKS = ("quantizers", "requantizers", "rotated_codes", "products", "carriers", "pairs", "layouts", "other_rotations")
+
+
+def use_ours() -> None:
+    """The matrix, with these kernels in place of Triton's."""
+    for name, function in OURS.items():
+        assert hasattr(matrix, name), name
+        setattr(matrix, name, function)
+
+
+def of_layouts(device: torch.device) -> Iterator[str]:
+    """Scales in 128 x 4 tiles, of blocks of one row and of sixteen."""
+    for block in ([1, 16], [16, 16]):
+        q = numerics.quantize(families(160, 336)["outliers"], build(QuantSpec, {"format": "nvfp4", "block": block}))
+        moved = replace(q, scales=q.scales.to(device))
+        if not torch.equal(decode.swizzled(moved).cpu(), swizzle(q.scales, q.block[0])):
+            yield f"swizzle of blocks {block}"
+
+
+def of_other_rotations(device: torch.device) -> Iterator[str]:
+    """MS-EDEN under rotations that no shipped recipe has."""
+    for name, data in EDEN.items():
+        spec = build(QuantSpec, data)
+        for family in ("outliers", "tiny", "bf16"):
+            x = families(48, 160)[family]
+            expected = numerics.quantize(x, spec, matrix.WHOLE)
+            for label, moved in (("", x.to(device)), (" turned", x.t().contiguous().to(device).t())):
+                found = quantize.quantize(moved, spec, matrix.WHOLE)
+                yield from matrix._differences(f"{name} {family}{label}", expected, found)
+
+
+def differences(check: str, device: torch.device) -> Iterator[str]:
+    """What differs in one of CHECKS."""
+    use_ours()
+    mine = {"layouts": of_layouts, "other_rotations": of_other_rotations}
+    yield from (mine[check] if check in mine else getattr(matrix, f"of_{check}"))(device)
+
+
+def main(device: torch.device) -> int:
+    """Print every difference."""
+    use_ours()
+    if len(sys.argv) > 1:
+        matrix._part[0] = slice(int(sys.argv[1]), None, int(sys.argv[2]))
+    found = [d for check in CHECKS for d in differences(check, device)]
+    print("\n".join(found) if found else f"no difference in {len(matrix.specs())} specs on {device}")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(torch.device("cuda")))
