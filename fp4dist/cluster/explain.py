@@ -13,7 +13,7 @@ from fp4dist.cluster.timing import Prediction
 from fp4dist.errors import ConfigError
 from fp4dist.spec.cluster import Layout
 
-_DIMENSIONS = ("tp", "pp", "vpp", "cp", "ep", "fsdp", "micro_batch")
+_DIMENSIONS = ("tp", "pp", "vpp", "cp", "ep", "etp", "fsdp", "micro_batch")
 _LARGEST_CAUSES = 3
 _SAME = 0.01  # relative: the model does not see such differences
 
@@ -21,7 +21,7 @@ _SAME = 0.01  # relative: the model does not see such differences
 def why(job: Job, chosen: Prediction) -> list[str]:
     """For each dimension of the chosen layout: what its half and its double would do."""
     lines = [f"{chosen.layout.label()}: {chosen.step_time_s:.4g} s, {chosen.memory.total:.0f} GB"]
-    for key in (k for k in _DIMENSIONS if k != "ep" or job.model.moe is not None):
+    for key in (k for k in _DIMENSIONS if k not in ("ep", "etp") or job.model.moe is not None):
         value = getattr(chosen.layout, key)
         tried = [v for v in (value // 2, value * 2) if v >= 1 and v != value]
         lines.append(f"  {key} = {value}")

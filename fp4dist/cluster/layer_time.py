@@ -14,15 +14,22 @@ from fp4dist.spec.cluster import Gpu, Layout, Link, Precision
 # W of board power for each peak bf16 TFLOP/s at which a family's rates are taken as they are: GB200, H100
 _REFERENCE_POWER = {"blackwell": 1200 / 2500, "hopper": 700 / 989}
 _TILE = 128 * 256  # outputs that one multiprocessor computes at a time
+_SPLIT = 4096  # products of a sum from which on libraries cut it, to fill the multiprocessors
+# Heads 64 wide reach three quarters of the FLOP/s of 128 (H100): their exponentials take the time of 64 columns more
+_WIDE, _EXPONENTIALS = 128, 64
 _ATTENTION_BACKWARD = 2.5  # times the forward FLOPs: five GEMMs for two
 # What a large message reaches of a link: all-reduce on 72 GPUs 847 to 873 of 900 GB/s; rings 0.98 of the NICs
 _INSIDE, _ACROSS = 0.96, 0.98
+# Of NVLink, where a collective spans racks with a NIC for each GPU, and of each further hop of its rings: from sums
+# of 0.5 to 4 GB over 1,440 GB200 of 20 racks (151 to 346 GB/s of bus rate, 435 by size alone).
+_THROUGH, _HOP_US = 0.485, 1.5
 _CALL_US = 12.0  # of a collective besides its steps: launch, and ranks meeting
 QUANTIZE_TIME = (
     1.35  # of quantizing kernels over their bytes at an elementwise kernel's speed (H100: 1.1 to 2.4 untuned)
 )
 _MESSAGE = 2048.0  # bytes that a token's copy costs an all-to-all beside its own: headers, indices, short transfers
 _EXPERT_KERNELS = 14  # of each expert on a rank: its GEMMs and quantizers, forward and backward
+_EMULATED_KERNELS = 4  # of a GEMM: quantizers, amaxs and their scalars
 _ACROSS_EXPOSED = 0.6  # of an all-to-all over NICs: jobs whose experts cross domains overlap it with computing
 _OF_A_COPY = 0.9  # what elementwise kernels reach of a copy's bandwidth, where that was measured
 _GB, _US, _TERA = 1e9, 1e-6, 1e12
@@ -69,14 +76,14 @@ class Machine:
         peak = self.gpu.peak
         return 2 / (1 / peak.fp4 + 1 / (2 * peak.fp8)) if kind == "fp4" and peak.fp8 else getattr(peak, kind)
 
-    def waves(self, rows: float, columns: float) -> float:
-        """Factor on a GEMM's time: on average half of the last wave of tiles is idle."""
-        return 1 + 0.5 * self.gpu.units * _TILE / (rows * columns)
+    def waves(self, rows: float, columns: float, depth: float) -> float:
+        """Factor on a GEMM's time: on average half of the last wave of tiles is idle; deep sums are cut in several."""
+        return 1 + 0.5 * self.gpu.units * _TILE / (rows * columns * max(1.0, depth / _SPLIT))
 
-    @property
-    def attention(self) -> float:
-        """FLOP/s of attention kernels."""
-        return self.constants.attention * self.gpu.peak.bf16 * _TERA * self.power
+    def attention(self, width: int) -> float:
+        """FLOP/s of attention kernels with heads of `width`: exponentials take as long for narrow heads as for wide."""
+        share = (_WIDE + _EXPONENTIALS) / _WIDE * width / (width + _EXPONENTIALS)
+        return share * self.constants.attention * self.gpu.peak.bf16 * _TERA * self.power
 
     @property
     def bandwidth(self) -> float:
@@ -96,10 +103,14 @@ class Machine:
         """
         if span.size == 1:
             return 0.0
-        inside = size * (span.inside - 1) / span.inside / (_INSIDE * self.inside.gb_per_s * _GB)
-        across = size * (span.across - 1) / span.across / span.inside / (_ACROSS * self.across.gb_per_s * _GB)
+        reach = _INSIDE if span.across == 1 else _THROUGH
+        inside = size * (span.inside - 1) / span.inside / (reach * self.inside.gb_per_s * _GB)
+        # a ring leaves each domain once through each of its NICs
+        across = size * (span.size - 1) / span.size / span.inside / (_ACROSS * self.across.gb_per_s * _GB)
+        across *= span.across > 1
         latency = (span.inside - 1) * self.inside.latency_us / 2 + (span.across - 1) * self.across.latency_us / 2
-        return max(inside, across) + (latency + _CALL_US) * _US
+        ring = (span.inside - 1) * (span.across - 1) * _HOP_US  # NCCL's rings pass every rank of every domain
+        return max(inside, across) + (latency + ring + _CALL_US) * _US
 
     def exchange(self, span: Span, items: float, width: float, copies: float) -> float:
         """Seconds of an all-to-all in which a rank sends `items` of `width` bytes, each to `copies` ranks at most.
@@ -158,24 +169,36 @@ def _block_time(
     layout = placement.layout
     tokens = layout.micro_batch * seq / layout.cp
     forward, backward = Seconds(), Seconds()
+    fused = _fused(block, machine, policy, number)
     for linear in block.linears:
         gemms = policy.gemms(linear, number)
-        _linear_time(linear, gemms, machine, placement, tokens, forward, backward)
-    core = tokens * (block.core_flops * seq + block.scan_flops) / layout.tp / machine.attention
+        _linear_time(linear, gemms, machine, placement, tokens, forward, backward, fused=fused and linear.is_expert)
+    core = tokens * (block.core_flops * seq + block.scan_flops) / layout.tp / machine.attention(block.core_width)
     forward["attention"] += core
     backward["attention"] += core * _ATTENTION_BACKWARD
     scanned = block.scan_bytes / machine.constants.scan
-    moved = tokens * (block.whole_bytes + block.split_bytes + scanned) / layout.tp / machine.bandwidth
+    split = block.split_bytes - fused * block.fusible_bytes
+    moved = tokens * (block.whole_bytes + split + scanned) / layout.tp / machine.bandwidth
     forward["elementwise"] += 0.4 * moved
     backward["elementwise"] += 0.6 * moved
     local = max((linear.copies for linear in block.linears if linear.is_expert), default=0) / layout.ep
-    launched = (block.kernels + _EXPERT_KERNELS * local) * machine.gap
+    launched = (block.kernels + _EXPERT_KERNELS * (min(1.0, local) if fused else local)) * machine.gap
     forward["gaps"] += 0.4 * launched
     backward["gaps"] += 0.6 * launched
     _tensor_time(block, number, machine, placement, policy, tokens, forward, backward)
     _context_time(block, machine, placement, tokens, core, forward, backward)
     _expert_time(block, machine, placement, tokens, forward, backward)
     return forward, backward
+
+
+def _fused(block: Block, machine: Machine, policy: Policy, number: int) -> bool:
+    """Whether experts run as grouped GEMMs that hold the gated activation and its quantization.
+
+    Transformer Engine has that for MXFP8 on Blackwell alone (its pull requests 2769 and 3315, since 2.14).
+    """
+    gemms = [policy.gemms(linear, number) for linear in block.linears if linear.is_expert]
+    narrow = all(g.fprop == g.dgrad == g.wgrad == "mxfp8" for g in gemms)
+    return bool(gemms) and narrow and block.fusible_bytes > 0 and machine.gpu.family == "blackwell"
 
 
 def _linear_time(
@@ -186,8 +209,13 @@ def _linear_time(
     tokens: float,
     forward: Seconds,
     backward: Seconds,
+    *,
+    fused: bool = False,
 ) -> None:
-    """Three GEMMs at their tensor cores' rate, what they move beside that, and the quantizers of x and dY."""
+    """Three GEMMs at their tensor cores' rate, what they move beside that, and the quantizers of x and dY.
+
+    fused   an expert's: the activation's output and gradient leave the GEMM before them as codes
+    """
     k, n, rows, copies = _local(linear, placement, tokens)
     product, output, weight = 2.0 * rows * k * n, rows * n, k * n * copies
     for name, target in (("fprop", forward), ("dgrad", backward), ("wgrad", backward)):
@@ -198,15 +226,19 @@ def _linear_time(
             "dgrad": b * (output + weight) + 2 * rows * k,
             "wgrad": b * (output + rows * k) + 8 * weight,
         }[name]
-        height, width = {"fprop": (rows, n), "dgrad": (rows, k), "wgrad": (n * copies, k)}[name]
-        waves = machine.waves(height, width)
+        height, width, depth = {"fprop": (rows, n, k), "dgrad": (rows, k, n), "wgrad": (n * copies, k, rows / copies)}[
+            name
+        ]
+        waves = machine.waves(height, width, depth)
         # multiplying and moving overlap, not perfectly: between the larger of the two and their sum
         target["gemm"] += hypot(product / machine.flops(precision) * waves, moved / machine.bandwidth)
-        target["gaps"] += machine.gap * (1 + (precision != "bf16"))
+        target["gaps"] += machine.gap * (1 + (precision != "bf16") + _EMULATED_KERNELS * any(gemms.emulated))
     x, dy = gemms.quantized
     scale = QUANTIZE_TIME / machine.bandwidth
-    forward["quantize"] += rows * k * QUANTIZE_BYTES[x] * scale
-    backward["quantize"] += output * QUANTIZE_BYTES[dy] * scale
+    if not (fused and linear.cut == "expert_row"):
+        forward["quantize"] += rows * k * (gemms.emulated[0] or QUANTIZE_BYTES[x] * scale)
+    if not (fused and linear.cut == "expert_column"):
+        backward["quantize"] += output * (gemms.emulated[1] or QUANTIZE_BYTES[dy] * scale)
 
 
 def _local(linear: Linear, placement: Placement, tokens: float) -> tuple[float, float, float, float]:

@@ -18,6 +18,7 @@ from fp4dist.spec.run import ModelConfig
 _TENSOR = (1, 2, 4, 8)
 _CONTEXT = (1, 2, 4, 8)
 _PIPELINE = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 24, 32, 36, 64)
+_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128)
 _CHUNKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 _MICRO = (1, 2, 4, 8)
 _MULTIPLES = (2, 4, 8, 16, 32, 64, 128)
@@ -186,7 +187,7 @@ def counts_ends(job: Job, layout: Layout) -> bool:
 
 def family(layout: Layout) -> tuple[int, ...]:
     """What tells layouts apart that are worth listing both."""
-    return layout.tp, layout.pp, layout.cp, layout.ep, layout.fsdp
+    return layout.tp, layout.pp, layout.cp, layout.ep, layout.etp, layout.fsdp
 
 
 def candidates(job: Job, dropped: Counter[str]) -> Iterator[Layout]:
@@ -200,6 +201,8 @@ def candidates(job: Job, dropped: Counter[str]) -> Iterator[Layout]:
             for micro in _MICRO:
                 if job.gbs % (micro * layout.dp(job.gpus)):
                     continue
+                if layout.vpp > 1 and job.gbs // (micro * layout.dp(job.gpus)) % layout.pp:
+                    continue  # interleaved micro-batches go around in groups of pp
                 if micro > 1 and (layout.cp > 1 or micro * job.seq > 4 * job.model.seq_length):
                     continue  # more samples a pass, or a sample over several ranks: both at once gain nothing
                 yield dataclasses.replace(layout, micro_batch=micro)
@@ -219,8 +222,8 @@ def _splits(job: Job, shape: Shape, *, bare: bool = False) -> Iterator[Layout]:
             for pp in _PIPELINE:
                 if gpus % (tp * cp * pp) or pp > model.num_layers + 2:
                     continue
-                for ep in _experts(job, tp * cp, pp):
-                    base = Layout(tp=tp, cp=cp, pp=pp, ep=ep)
+                for ep, etp in _experts(job, pp):
+                    base = Layout(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
                     for fsdp in _shards(job, base):
                         engine = "deepspeed" if fsdp > 1 else "megatron"  # ZeRO 3 is our engines' way to shard weights
                         layout = dataclasses.replace(base, fsdp=fsdp, engine=engine)
@@ -228,14 +231,16 @@ def _splits(job: Job, shape: Shape, *, bare: bool = False) -> Iterator[Layout]:
                             yield layout
 
 
-def _experts(job: Job, split: int, pp: int) -> Iterator[int]:
-    moe = job.model.moe
+def _experts(job: Job, pp: int) -> Iterator[tuple[int, int]]:
+    """(ep, etp): experts over ranks, and each of them cut, which pays only inside a node."""
+    moe, ranks = job.model.moe, job.gpus // pp
     if moe is None:
-        yield 1
+        yield 1, 1
         return
-    for ep in (1, 2, 4, 8, 16, 32, 64, 128):
-        if moe.num_experts % ep == 0 and job.gpus % (ep * pp) == 0 and ep <= job.gpus // pp:
-            yield ep
+    for ep in _EXPERT:
+        for etp in (t for t in _TENSOR if t <= job.topology.host.gpus and moe.ffn_hidden_size % t == 0):
+            if moe.num_experts % ep == 0 and ranks % (ep * etp) == 0:
+                yield ep, etp
 
 
 def _shards(job: Job, layout: Layout) -> Iterator[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
+from fp4dist.cluster import emulation
 from fp4dist.cluster.shapes import Block, Linear, Shape
 from fp4dist.errors import ConfigError
 from fp4dist.spec.cluster import Gpu, Precision
@@ -30,17 +31,20 @@ class Gemms:
 
     fprop, dgrad, wgrad   precision of the tensor cores
     quantized             (x, dy): the format that each is quantized into, `bf16` for none
+    emulated              (x, dy): seconds an element where FP4 is emulated, else 0: time by bytes
     """
 
     fprop: Precision
     dgrad: Precision
     wgrad: Precision
     quantized: tuple[Precision, Precision]
+    emulated: tuple[float, float] = (0.0, 0.0)
 
     @property
     def saved_bytes(self) -> float:
         """Bytes of x, per element, that backward keeps: codes where wgrad reads them, bf16 else."""
-        return OPERAND_BYTES[self.quantized[0]] if self.wgrad != "bf16" else 2.0
+        codes = self.wgrad != "bf16" or self.emulated[0] > 0
+        return OPERAND_BYTES[self.quantized[0]] if codes else 2.0
 
 
 _HIGH = Gemms(fprop="bf16", dgrad="bf16", wgrad="bf16", quantized=("bf16", "bf16"))
@@ -62,7 +66,7 @@ class Policy:
             return _on(self.gpu, Gemms(fprop=wanted, dgrad=wanted, wgrad=wanted, quantized=(wanted, wanted)))
         if self.recipe is None:
             return _HIGH
-        return _on(self.gpu, _of_recipe(self.recipe, linear.role, layer, self.layers))
+        return _on(self.gpu, _of_recipe(self.recipe, linear.role, layer, self.layers, native=self.gpu.peak.fp4 > 0))
 
     @property
     def wire(self) -> Precision:
@@ -113,17 +117,32 @@ def _on(gpu: Gpu, gemms: Gemms) -> Gemms:
             return "bf16"
         return "fp8" if p == "mxfp8" and gpu.family == "hopper" else p
 
-    return Gemms(fprop=run(gemms.fprop), dgrad=run(gemms.dgrad), wgrad=run(gemms.wgrad), quantized=gemms.quantized)
+    emulated = gemms.emulated
+    if not gpu.peak.fp4 and gemms.quantized == ("nvfp4", "nvfp4") and not any(emulated):
+        emulated = emulation.OF_A_WORD
+    return Gemms(
+        fprop=run(gemms.fprop),
+        dgrad=run(gemms.dgrad),
+        wgrad=run(gemms.wgrad),
+        quantized=gemms.quantized,
+        emulated=emulated,
+    )
 
 
-def _of_recipe(recipe: Recipe, role: str, layer: int, layers: int) -> Gemms:
+def _of_recipe(recipe: Recipe, role: str, layer: int, layers: int, *, native: bool) -> Gemms:
+    """What the rules say; without FP4 tensor cores (`native`), FP8 ones multiply what FP8 can carry."""
     rule = next((r for r in recipe.rules if _matches(r, role, layer, layers)), None)
     if rule is None:
         return _HIGH
     linear = recipe.linear(rule.linear)
     x, dy = _operand(linear, "fprop.x"), _operand(linear, "dgrad.dy")
+    times = emulation.seconds(linear, "fprop.x", "wgrad.x"), emulation.seconds(linear, "dgrad.dy", "wgrad.dy")
     return Gemms(
-        fprop=_gemm(linear, "fprop"), dgrad=_gemm(linear, "dgrad"), wgrad=_gemm(linear, "wgrad"), quantized=(x, dy)
+        fprop=_gemm(linear, "fprop", native),
+        dgrad=_gemm(linear, "dgrad", native),
+        wgrad=_gemm(linear, "wgrad", native),
+        quantized=(x, dy),
+        emulated=(0.0, 0.0) if native else times,
     )
 
 
@@ -146,10 +165,11 @@ def _count(part: float, layers: int) -> int:
     return ceil(part * layers) if part < 1 else int(part)
 
 
-def _gemm(linear: LinearRecipe, gemm: str) -> Precision:
-    specs = [linear.slot(s) for s in SLOTS if s.startswith(gemm)]
+def _gemm(linear: LinearRecipe, gemm: str, native: bool) -> Precision:
+    slots = tuple(s for s in SLOTS if s.startswith(gemm))
+    specs = [linear.slot(s) for s in slots]
     if linear.gemm_is_fp4(gemm):
-        return "nvfp4"
+        return "fp8" if not native and emulation.powers_of_two(linear, slots) else "nvfp4"
     narrow = [spec is not None and spec.format.element.bits <= _EIGHT for spec in specs]
     return "mxfp8" if all(narrow) else "bf16"
 

@@ -44,6 +44,7 @@ class Linear:
 class Block:
     """One residual branch.
 
+    core_width     of an attention head (queries and values, on average)
     core_flops     of a token and position of context, forward, causal half included (attention); or of a token (scan)
     key_value      elements of keys and values of a token: what context parallelism exchanges
     whole_bytes    moved by elementwise kernels for a token, forward and backward, over the hidden width (cut by tp)
@@ -58,6 +59,7 @@ class Block:
     kind: Literal["attention", "mlp", "moe", "mamba"]
     linears: tuple[Linear, ...]
     core_flops: float = 0.0
+    core_width: int = 128
     scan_flops: float = 0.0
     scan_bytes: float = 0.0
     key_value: int = 0
@@ -69,6 +71,7 @@ class Block:
     cheap: float = 0.0
     routed: int = 0
     parameters: int = 0  # of norms and the like
+    fusible_bytes: float = 0.0  # of split_bytes, what a grouped GEMM with the activation in its epilogue does not move
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -153,6 +156,7 @@ def _attention(model: ModelConfig) -> Block:
             Linear(role="proj", inputs=q, outputs=h, cut="row"),
         ),
         core_flops=2.0 * q,
+        core_width=width,
         key_value=2 * kv,
         whole_bytes=moved,
         split_bytes=8.0 * (q + kv) + 4.0 * (q + 2 * kv) + norm,
@@ -181,6 +185,7 @@ def _latent_attention(model: ModelConfig) -> Block:
             Linear(role="proj", inputs=v, outputs=h, cut="row"),
         ),
         core_flops=1.0 * (qk + v),
+        core_width=(qk + v) // heads // 2,
         key_value=m.kv_rank + m.rope_dim,
         whole_bytes=moved + 24.0 * down,
         split_bytes=16.0 * (qk + qk + v),  # rope, and keys put together from two parts
@@ -243,6 +248,7 @@ def _moe(model: ModelConfig) -> Block:
         cheap=2.0 * gate * act,
         routed=routed,
         parameters=h,
+        fusible_bytes=(2.0 * gate + 2.0) * e.top_k * f if gate > 1 else 0.0,  # dispatched only for gated activations
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fp4dist.cluster.planner import Job, family, plan
 from fp4dist.cluster.points import Point
 from fp4dist.cluster.topology import load_topology
-from fp4dist.spec.load import load_model
+from fp4dist.spec.load import load_model, load_recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,7 @@ def standing(point: Point) -> Standing:
         gbs=point.gbs,
         seq=point.seq,
         precision=point.precision,
+        recipe=load_recipe(point.recipe) if point.recipe else None,
     )
     found = plan(job)
     wanted = family(point.layout)

@@ -239,8 +239,9 @@ class _Scene:
         out["imbalance"] = m * max(0.0, stage - useful)
         if layout.pp > 1:
             hop = self._hop()
-            # fewer micro-batches than stages leave nothing to interleave
-            out["bubble"] = (layout.pp - 1) / (layout.vpp if m >= layout.pp else 1) * useful
+            # fewer micro-batches than stages: the first passes all pp * vpp chunks, each further one adds a chunk
+            idle = max((layout.pp - 1) / layout.vpp, layout.pp - m + (m - 1) / layout.vpp)
+            out["bubble"] = idle * useful
             out["pp"] = 2 * (layout.pp - 1) * hop + (1 - _HIDDEN_HOPS) * 2 * m * layout.vpp * hop
         out["dp"] = self._exposed_data(stage)
         out["optimizer"] = self._optimizer()

@@ -90,6 +90,36 @@ def test_the_bubble_is_the_schedule_s() -> None:
     assert p.breakdown["bubble"] == pytest.approx(useful * 3 / (5 * p.parts.micro_batches))
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 4, 8])
+def test_a_pipeline_with_few_micro_batches_waits_for_the_first(micro_batches: int) -> None:
+    """4 stages of 5 chunks, counted by chunks: the first micro-batch passes 20, each further one adds one.
+
+    As many micro-batches as stages keep every stage busy.
+    """
+    p = run("llama3_70b", 8, Layout(tp=2, pp=4, vpp=5), gbs=micro_batches, order="tp-cp-ep-dp-pp")
+    causes = ("gemm", "attention", "quantize", "elementwise", "gaps", "tp", "recompute")
+    useful = sum(p.breakdown.get(k, 0.0) for k in causes) / micro_batches
+    chunks = 20 + micro_batches - 1 if micro_batches <= 4 else 5 * micro_batches + 3
+    assert p.breakdown["bubble"] == pytest.approx((chunks / 5 - micro_batches) * useful)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("llama3_405b", Layout(tp=4, pp=8, vpp=8, cp=2)),
+        ("llama3_8b", Layout()),
+        ("llama3_70b", Layout(fsdp=8)),
+        ("deepseek_v3", Layout(pp=4, vpp=4, ep=16)),
+        ("qwen3_235b", Layout(tp=2, ep=16, etp=2)),
+    ],
+)
+@pytest.mark.parametrize("topology", ["gb200_nvl72", "b200_hgx", "h100_hgx"])
+def test_more_gpus_are_not_slower_at_one_batch(model: str, layout: Layout, topology: str) -> None:
+    machine = load_topology(topology)
+    times = [run(model, n, layout, gbs=1024, topology=machine).step_time_s for n in (64, 128, 256, 512, 1024)]
+    assert times == sorted(times, reverse=True)
+
+
 def test_weak_scaling_keeps_what_computing_takes_and_strong_scaling_pays() -> None:
     layout = Layout(tp=4, pp=8, vpp=8, cp=2)
     small, large = run("llama3_405b", 512, layout, gbs=1152), run("llama3_405b", 1024, layout, gbs=2304)
@@ -111,6 +141,29 @@ def test_hopper_runs_fp4_as_bf16_products_with_quantizers_on_top() -> None:
         run(topology=hopper, precision="mxfp8").breakdown["gemm"]
         == run(topology=hopper, precision="fp8").breakdown["gemm"]
     )
+
+
+# Milliseconds of the GPU in one step of llama_350m, 16 x 2,048 tokens, on one H200 (tools/bench_step.py --profile)
+@pytest.mark.parametrize(
+    ("recipe", "kernels"), [("nvidia_nvfp4", 206), ("quartet2", 232), ("quartet", 169), ("tetrajet", 169)]
+)
+def test_emulated_fp4_takes_on_hopper_what_its_kernels_took(recipe: str, kernels: float) -> None:
+    """Within a fifth; powers of two are multiplied on FP8 tensor cores, fractional scales in bf16."""
+    hopper, model = load_topology("h200_hgx"), load_model("llama_350m")
+    found = predict(model, hopper, 1, Layout(micro_batch=16), recipe=load_recipe(recipe), gbs=16, seq=2048)
+    assert found.step_time_s * 1e3 == pytest.approx(kernels, rel=0.2)
+    bf16 = run("llama_350m", 1, Layout(micro_batch=16), "bf16", 16, hopper)
+    assert (found.breakdown["gemm"] < 0.8 * bf16.breakdown["gemm"]) == (recipe in ("quartet", "tetrajet"))
+
+
+def test_experts_in_mxfp8_do_not_move_their_activation_twice() -> None:
+    """The grouped GEMM of gated experts holds it; of the other formats, and of experts without a gate, it does not."""
+    layout = Layout(pp=4, vpp=4, ep=64)
+    mxfp8, fp8 = (run("deepseek_v3", 256, layout, p, 4096) for p in ("mxfp8", "fp8"))  # type: ignore[arg-type]
+    assert mxfp8.breakdown["elementwise"] < 0.97 * fp8.breakdown["elementwise"]
+    assert mxfp8.breakdown["gaps"] < 0.9 * fp8.breakdown["gaps"]
+    ungated = [run("nemotron3_super", 64, Layout(tp=2, ep=64), p, 512) for p in ("mxfp8", "fp8")]  # type: ignore[arg-type]
+    assert ungated[0].breakdown["elementwise"] == pytest.approx(ungated[1].breakdown["elementwise"])
 
 
 @pytest.mark.parametrize(
@@ -148,15 +201,46 @@ def test_broken_rules_are_named(changes: dict[str, Any], message: str) -> None:
         run(**changes)
 
 
+# Bus rates that nccl-tests reports, 2 (n - 1) / n * bytes / seconds, measured on GB200 and published: sums of so many
+# GB over (GPUs of a rack, racks). coreweave/nccl-tests 43 and 48; NCCL issue 1801.
+PUBLISHED_SUMS = [
+    (72, 1, 0.5, 586), (72, 1, 1, 681), (72, 1, 2, 758), (72, 1, 4, 839), (72, 1, 8, 847), (72, 20, 0.5, 151),
+    (72, 20, 1, 219), (72, 20, 2, 287), (72, 20, 4, 346), (4, 3, 8, 197), (8, 3, 8, 394),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inside", "across", "gigabytes", "rate"), PUBLISHED_SUMS)
+def test_a_sum_takes_as_long_as_was_measured(inside: int, across: int, gigabytes: float, rate: float) -> None:
+    """A sum is a reduce-scatter and a gather."""
+    machine = Machine(gpu=NVL72.gpu, inside=NVL72.inside, across=NVL72.across, constants=fitted().constants)
+    n = inside * across
+    seconds = 2 * machine.gather(Span(inside=inside, across=across), gigabytes * 1e9)
+    assert 2 * (n - 1) / n * gigabytes / seconds == pytest.approx(rate, rel=0.1)
+
+
 def test_a_gather_crosses_racks_over_the_nics_of_its_members() -> None:
-    """comm.md 3.5: (R - 1) / (R L) of the buffer on each NIC, against (L - 1) / L on NVLink; the slower one counts."""
     machine = Machine(gpu=NVL72.gpu, inside=NVL72.inside, across=NVL72.across, constants=fitted().constants)
     size = 64e9
-    alone = machine.gather(Span(inside=1, across=8), size)
-    assert alone == pytest.approx(size * 7 / 8 / (0.98 * 50e9), rel=1e-3)
-    assert machine.gather(Span(inside=2, across=8), size) == pytest.approx(alone / 2, rel=1e-2)
-    assert machine.gather(Span(inside=64, across=8), size) == pytest.approx(size * 63 / 64 / (0.96 * 900e9), rel=1e-2)
+    for inside in (1, 2, 4):
+        nics = inside * 0.98 * 50e9
+        seconds = machine.gather(Span(inside=inside, across=8), size)
+        assert seconds == pytest.approx(size * (8 * inside - 1) / (8 * inside) / nics, rel=1e-2)
     assert machine.gather(Span(inside=1, across=1), size) == 0
+
+
+# Milliseconds that kernels of one kind took in a step of llama_350m, 16 x 2,048 tokens, bf16, on one H100 (profiled)
+@pytest.mark.parametrize(("cause", "measured"), [("gemm", 90), ("attention", 38)])
+def test_causes_are_what_a_profile_shows(cause: str, measured: float) -> None:
+    """Narrow heads and weight gradients of few tiles included: within a fifth."""
+    found = run("llama_350m", 1, Layout(micro_batch=16), "bf16", 16, load_topology("single_gpu"))
+    assert found.breakdown[cause] * 1e3 == pytest.approx(measured, rel=0.2)
+
+
+def test_deep_sums_fill_the_machine_and_narrow_heads_cost_more() -> None:
+    machine = Machine(gpu=NVL72.gpu, inside=NVL72.inside, across=NVL72.across, constants=fitted().constants)
+    assert machine.waves(1024, 1024, 1024) == machine.waves(1024, 1024, 4096) > machine.waves(1024, 1024, 32768) > 1
+    assert machine.attention(64) == pytest.approx(0.75 * machine.attention(128))
+    assert machine.attention(128) < machine.attention(160) < 1.2 * machine.attention(128)
 
 
 def test_codes_cut_the_traffic_between_racks() -> None:
