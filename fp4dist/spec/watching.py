@@ -1,0 +1,173 @@
+"""Looking at a run while it trains: what is measured how often (`monitor`), and what acts on it (`autopilot`)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fp4dist.spec.frozen import frozen
+from fp4dist.spec.recipe import GEMMS, SLOTS
+
+Statistic = Literal["underflow", "saturation", "qsnr", "drift"]
+
+
+@frozen
+class MonitorConfig:
+    """What every linear's quantizers do to its operands, measured now and then on one micro-batch beside the run.
+
+    every   steps between looks; each costs about three micro-batches, with `noise` five
+    rows    of each operand that are looked at, from its first on; the tensor's amax is that of all
+    noise   measure the gradient over its quantization noise too (engine.kind: megatron)
+    """
+
+    every: int = 500
+    rows: int = 512
+    noise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 3:
+            raise ValueError(f"every = {self.every} must be at least 3: oscillation is seen over three steps")
+        if self.rows < 128 or self.rows % 128:
+            raise ValueError(f"rows = {self.rows} must be a multiple of 128, the largest block and rotation")
+
+
+# ---------- when
+
+
+@frozen
+class Spike:
+    """The step's loss or gradient norm stands out of the `window` accepted steps before it.
+
+    above     times their spread (1.4826 x median distance from the median) over their median, and
+    at_least  nats of loss, or times the median gradient norm less 1: small runs are calm
+    """
+
+    kind: Literal["spike"] = "spike"
+    of: Literal["loss", "grad_norm"] = "loss"
+    above: float = 8.0
+    at_least: float = 0.2
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        if self.window < 4 or self.above <= 0 or self.at_least < 0:
+            raise ValueError("a spike needs window >= 4, above > 0 and at_least >= 0")
+
+
+@frozen
+class Drift:
+    """The mean loss of the last `window` accepted steps lies `at_least` nats over the lowest such mean so far."""
+
+    kind: Literal["drift"] = "drift"
+    at_least: float = 0.3
+    window: int = 8
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.at_least <= 0:
+            raise ValueError("a drift needs window >= 1 and at_least > 0")
+
+
+@frozen
+class NotFinite:
+    """Loss or gradient was not finite for `in_a_row` steps; the engine has skipped them."""
+
+    kind: Literal["not_finite"] = "not_finite"
+    in_a_row: int = 2
+
+    def __post_init__(self) -> None:
+        if self.in_a_row < 1:
+            raise ValueError(f"in_a_row = {self.in_a_row} must be at least 1")
+
+
+@frozen
+class Drowned:
+    """The monitor's last gradient-to-noise ratio lies below this; sqrt 3 by arXiv:2505.19115."""
+
+    kind: Literal["drowned"] = "drowned"
+    below: float = 1.7320508
+
+
+@frozen
+class BadOperand:
+    """A statistic of the monitor's last look is beyond a bound in some layer and slot: above it, or for qsnr below."""
+
+    kind: Literal["bad_operand"] = "bad_operand"
+    of: Statistic = "underflow"
+    bound: float = 0.9
+    slots: tuple[str, ...] = SLOTS
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.slots) - set(SLOTS):
+            raise ValueError(f"slots has {sorted(unknown)}; there are {', '.join(SLOTS)}")
+
+
+# ---------- what then
+
+
+@frozen
+class Skip:
+    """Leave this step's update out. Only for a `spike`: it is known before the update."""
+
+    kind: Literal["skip"] = "skip"
+
+
+@frozen
+class RollBack:
+    """Go back to the last good checkpoint before the trouble and leave out the samples of `skip` x the steps since."""
+
+    kind: Literal["roll_back"] = "roll_back"
+    skip: float = 1.0
+
+
+@frozen
+class Raise:
+    """Run GEMMs in a higher precision from the next step on.
+
+    to       bf16: unquantized;  fp8: operands in MXFP8 (E4M3 values, gradients E5M2)
+    where    the layer that the condition or the monitor found worst; all block linears
+    gemms    which of its GEMMs; empty: the one of the slot that was found
+    """
+
+    kind: Literal["raise"] = "raise"
+    to: Literal["bf16", "fp8"] = "bf16"
+    where: Literal["worst", "all"] = "worst"
+    gemms: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.gemms) - set(GEMMS):
+            raise ValueError(f"gemms has {sorted(unknown)}; there are {', '.join(GEMMS)}")
+
+
+@frozen
+class Rule:
+    """When a condition holds, an action, at most `times` times in a run and not within `rest` steps of the last one."""
+
+    when: Spike | Drift | NotFinite | Drowned | BadOperand
+    do: Skip | RollBack | Raise
+    times: int = 10
+    rest: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.do, Skip) and not isinstance(self.when, Spike):
+            raise ValueError("do: skip needs when: spike; nothing else is known before the update")
+        if self.times < 1 or self.rest < 0:
+            raise ValueError(f"times = {self.times} must be at least 1 and rest = {self.rest} not negative")
+
+
+RULES = (
+    Rule(when=Spike(), do=Skip(), times=20),
+    Rule(when=Spike(of="grad_norm", above=20.0, at_least=10.0), do=Skip(), times=20),
+    Rule(when=BadOperand(), do=Raise(), rest=1),
+    Rule(when=NotFinite(), do=RollBack(), times=3),
+    Rule(when=Drift(), do=RollBack(), times=3, rest=20),
+)
+
+
+@frozen
+class AutopilotConfig:
+    """What watches a run and acts.
+
+    mode    off; advise: what a rule would do is logged; act
+    rules   in this order; at each place of a step the first one that holds acts
+    """
+
+    mode: Literal["off", "advise", "act"] = "advise"
+    rules: tuple[Rule, ...] = RULES

@@ -1,0 +1,117 @@
+"""The runs of a study in pieces: several processes share a folder of records, each on a device, until a deadline.
+
+<out>/<run>.json       the record of a finished run
+<out>/claims/<run>     the process that works on it; removed when it ends
+<state>/<run>.pt       a run that the deadline cut, where pieces may be cut
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp4dist.errors import DataError, Fp4DistError
+from fp4dist.spec.run import BackendConfig
+from fp4dist.study.plan import Job, name_of
+from fp4dist.study.training import FORMAT, Data, Record, Training
+
+log = logging.getLogger("fp4dist")
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Every record of a folder and the folders in it, by run. DataError for a file that is none."""
+    found = []
+    for file in sorted(folder.rglob("*.json")):
+        if file.name in ("results.json", "failures.json"):
+            continue
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise DataError(f"{file}: not a record of a study (format {FORMAT}); move it out of the folder")
+        found.append(record)
+    return found
+
+
+def clear_claims(folder: Path) -> None:
+    """Forget the claims of processes that are gone. Only while no process works in the folder."""
+    for claim in (folder / "claims").glob("*"):
+        claim.unlink()
+
+
+def work(
+    jobs: Sequence[Job],
+    data: Data,
+    device: torch.device,
+    out: Path,
+    *,
+    deadline: float,
+    state: Path | None = None,
+    backend: BackendConfig | None = None,
+) -> list[str]:
+    """Take one run after the other that nobody has finished or claimed, until `deadline` (of time.monotonic).
+
+    returns   what went wrong, a line for each run that fp4dist refused or that ran out of memory; the others go on
+    """
+    (out / "claims").mkdir(parents=True, exist_ok=True)
+    failures = []
+    for job in jobs:
+        if time.monotonic() >= deadline:
+            break
+        file = out / f"{job.name}.json"
+        if (
+            file.exists()
+            or (state is None and time.monotonic() + expected(job, out) > deadline)
+            or not _claim(out / "claims" / job.name)
+        ):
+            continue
+        try:
+            record = Training(job, data, device, backend).run(deadline, state and state / f"{job.name}.pt")
+            if record is not None:
+                _write(file, record)
+                log.info("%s", line(record))
+        except (Fp4DistError, torch.cuda.OutOfMemoryError) as e:
+            failures.append(f"{job.name}: {type(e).__name__}: {str(e).splitlines()[0]}")
+            log.warning("%s", failures[-1])
+        (out / "claims" / job.name).unlink()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return failures
+
+
+def expected(job: Job, out: Path) -> float:
+    """Seconds that the run will take: as long as its arm's others of that size and budget, else as the longest of any
+    arm; 0 where none is finished. A run learns its own pace after some steps and gives up if that is too slow.
+    """
+    peers = [r for r in read_records(out) if (r["model"], r["budget"]) == (job.model.name, job.tokens)]
+    same = [r["seconds"] for r in peers if r["arm"] == name_of(job.arm)]
+    return statistics.median(same) if same else max((r["seconds"] for r in peers), default=0.0)
+
+
+def line(r: Record) -> str:
+    """One line about a finished run."""
+    loss = "diverged" if r["diverged"] else f"held-out loss {r['loss']:.4f}"
+    speed = f", {r['step_seconds'] * 1e3:.0f} ms a step, {r['tokens_per_s']:,.0f} tokens/s" if r["step_seconds"] else ""
+    memory = f", peak {r['peak_bytes'] / 2**30:.1f} GiB" if r["peak_bytes"] else ""
+    return f"{r['run']}: {loss}, {r['seconds']:.0f} s{speed}{memory}"
+
+
+def _claim(file: Path) -> bool:
+    try:
+        with file.open("x", encoding="utf-8") as f:
+            f.write(str(os.getpid()))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write(file: Path, record: dict[str, Any]) -> None:
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    os.replace(tmp, file)

@@ -1,0 +1,272 @@
+"""A study of a model of 0.3 M parameters: pairing, resuming, the table, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fp4dist.errors import ConfigError, DataError
+from fp4dist.spec.load import load_recipe
+from fp4dist.study.model import Llama, initialize, schedule
+from fp4dist.study.pieces import expected, read_records, work
+from fp4dist.study.plan import Study, digest, every_linear, jobs, load_study
+from fp4dist.study.report import verdict, write_report
+from fp4dist.study.statistics import Arms, Difference, half_interval
+from fp4dist.study.tokens import Stream, held_out_batches, training_batches
+from fp4dist.study.training import Data, Training, load_data
+from tests.train.token_runs import write_tokens
+
+CPU = torch.device("cpu")
+VOCAB, LENGTH = 64, 32
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Two arms, two seeds, 6 steps of 8 sequences; tokens count upwards, which can be learned."""
+    folder = tmp_path_factory.mktemp("study")
+    rng = np.random.default_rng(0)
+    for name, documents in (("train", 60), ("held_out", 9)):
+        texts = [(rng.integers(0, VOCAB) + rng.integers(1, 4) * np.arange(60)) % VOCAB for _ in range(documents)]
+        write_tokens(folder / name, texts)
+    model = {
+        "name": "mini", "num_layers": 1, "hidden_size": 128, "ffn_hidden_size": 128, "num_attention_heads": 2,
+        "num_query_groups": 1, "vocab_size": VOCAB, "seq_length": 64,
+    }  # fmt: skip
+    (folder / "mini.yaml").write_text(yaml.safe_dump(model), encoding="utf-8")
+    raw = {
+        "name": "small", "sizes": [{"model": str(folder / "mini.yaml"), "lr": 0.01, "micro_batch": 4}],
+        "tokens": [6 * 8 * LENGTH], "baseline_tokens": [3 * 8 * LENGTH], "seeds": [1, 2], "batch": 8,
+        "seq_length": LENGTH, "evaluations": 1, "source": "nowhere", "ordering": ["fine", "coarse"],
+        "train": [str(folder / "train")], "valid": [str(folder / "held_out")],
+        "arms": [
+            {"recipe": "bf16"},
+            {"recipe": "quartet2", "name": "fine", "published": 0.05},
+            {"recipe": "nvidia_nvfp4", "name": "coarse", "every_linear": True, "published": 0.08},
+        ],
+    }  # fmt: skip
+    (folder / "small.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return load_study(folder / "small.yaml")
+
+
+@pytest.fixture(scope="module")
+def data(study: Study) -> Data:
+    return load_data(study.train, study.valid, CPU)
+
+
+@pytest.fixture(scope="module")
+def out(study: Study, data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs."""
+    folder = tmp_path_factory.mktemp("records")
+    assert work(jobs(study), data, CPU, folder, deadline=math.inf) == []
+    return folder
+
+
+def test_every_run_has_a_record_that_says_what_it_was(study: Study, out: Path) -> None:
+    records = {r["run"]: r for r in read_records(out)}
+    assert set(records) == {job.name for job in jobs(study)}
+    for job in jobs(study):
+        r = records[job.name]
+        assert r["steps"] == job.steps
+        assert [h["step"] for h in r["held_out"]] == [job.steps // 2 + job.steps % 2, job.steps]
+        assert r["counted_share"] == pytest.approx(r["fp4_share"])
+        assert r["fp4_share"] == (0.0 if r["arm"] == "bf16" else 1.0)
+        assert r["loss"] < r["curve"][0][1]
+        assert digest(r["config"]) == r["hash"]
+        assert {"torch", "triton"} <= r["versions"].keys()
+
+
+def test_runs_of_a_seed_start_from_one_model_and_read_the_same_samples(study: Study, out: Path) -> None:
+    """The first loss differs by quantization alone, another seed's by far more."""
+    first = {(r["arm"], r["seed"], r["budget"]): r for r in read_records(out)}
+    budget = study.tokens[0]
+    losses = {key: r["held_out"][0]["loss"] for key, r in first.items() if key[2] == budget}
+    between = abs(losses["bf16", 1, budget] - losses["bf16", 2, budget])
+    assert abs(losses["fine", 1, budget] - losses["bf16", 1, budget]) < between
+    hashes = {r["hash"] for r in first.values()}
+    assert len(hashes) == len(first)
+
+
+def test_a_finished_run_is_not_repeated_and_a_claimed_one_is_left(study: Study, data: Data, out: Path) -> None:
+    done = {f.name: f.stat().st_mtime_ns for f in out.glob("*.json")}
+    removed = jobs(study)[0].name
+    (out / f"{removed}.json").rename(out / "kept.aside")
+    claim = out / "claims" / removed
+    claim.write_text("1", encoding="utf-8")
+    try:
+        assert work(jobs(study), data, CPU, out, deadline=math.inf) == []
+        assert not (out / f"{removed}.json").exists()
+    finally:
+        claim.unlink()
+        (out / "kept.aside").rename(out / f"{removed}.json")
+    assert {f.name: f.stat().st_mtime_ns for f in out.glob("*.json")} == done
+
+
+@pytest.mark.parametrize("arm", ["fine"])
+def test_a_cut_run_goes_on_with_the_same_bits(
+    study: Study, data: Data, out: Path, arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fp4dist.study.training._WINDOW", 1)
+    job = next(j for j in jobs(study) if j.name.endswith(f"{arm}-s1"))
+    whole = json.loads((out / f"{job.name}.json").read_text(encoding="utf-8"))
+    file = tmp_path / "cut.pt"
+    pieces = 0
+    record = None
+    while record is None:
+        training = Training(job, data, CPU)
+        pieces += 1
+        record = training.run(time.monotonic() if pieces < 3 else math.inf, file)  # a step, then the deadline
+        assert (record is None) == file.exists()
+    assert pieces == 3
+    assert record["loss"] == whole["loss"]
+    assert record["curve"][-1][0] == job.steps
+    assert record["hash"] == whole["hash"]
+
+
+def test_a_run_that_cannot_end_in_time_is_not_begun_for_long(study: Study, data: Data) -> None:
+    job = jobs(study)[0]
+    training = Training(job, data, CPU)
+    assert training.run(time.monotonic() - 1, None) is None
+
+
+def test_a_run_is_not_begun_when_its_like_took_longer_than_is_left(study: Study, data: Data, out: Path) -> None:
+    job = next(j for j in jobs(study) if j.name.endswith("fine-s1"))
+    records = {r["run"]: r for r in read_records(out)}
+    took = [r["seconds"] for r in records.values() if r["arm"] == "fine"]
+    assert expected(job, out) == pytest.approx(sum(took) / len(took))
+    (out / f"{job.name}.json").rename(out / "kept.aside")
+    try:
+        assert work([job], data, CPU, out, deadline=time.monotonic() + 0.5 * min(took)) == []
+        assert not (out / f"{job.name}.json").exists()
+    finally:
+        (out / "kept.aside").rename(out / f"{job.name}.json")
+    assert expected(job, out / "nowhere") == 0.0
+
+
+def test_the_table_names_gaps_order_and_what_is_missing(study: Study, out: Path, tmp_path: Path) -> None:
+    records = read_records(out)
+    text = write_report(study, records, tmp_path)
+    arms = Arms.of(records)
+    cell = ("mini", study.tokens[0], "fine")
+    losses = {(r["arm"], r["seed"]): r["loss"] for r in records if r["budget"] == study.tokens[0]}
+    expected = [losses["fine", s] - losses["bf16", s] for s in (1, 2)]
+    gap = arms.difference(cell, "bf16")
+    assert gap is not None
+    assert gap.mean == pytest.approx(sum(expected) / 2)
+    assert gap.half == pytest.approx(12.706 * abs(expected[0] - expected[1]) / 2)
+    assert f"| fine | 100% | 2 | {(losses['fine', 1] + losses['fine', 2]) / 2:.4f} | {gap.text()} | 0.0500 |" in text
+    assert "| fine < coarse |" in text
+    assert "+0.0300" in text  # the published difference
+    assert "Missing" not in text
+    assert {"gaps.png", "curves.png", "results.json", "table.md"} <= {f.name for f in tmp_path.iterdir()}
+    fewer = write_report(study, [r for r in records if r["arm"] != "fine"], tmp_path)
+    assert "Missing: 2 of 8 runs" in fewer
+    assert "| fine < coarse | missing |" in fewer
+
+
+def test_time_to_quality_follows_its_formula() -> None:
+    """bf16 falls by 0.1 for each doubling; an arm 0.05 behind at 0.8 of its time needs 2^0.5 of the tokens."""
+
+    def run(arm: str, budget: int, loss: float, seconds: float) -> dict[str, object]:
+        return {"model": "m", "budget": budget, "arm": arm, "seed": 1, "loss": loss, "step_seconds": seconds}
+
+    arms = Arms.of([run("bf16", 100, 3.0, 1.0), run("bf16", 50, 3.1, 1.0), run("x", 100, 3.05, 0.8)])
+    assert arms.time_to_quality(("m", 100, "x")) == pytest.approx(math.sqrt(2) * 0.8)
+    assert Arms.of([run("bf16", 100, 3.0, 1.0), run("x", 100, 3.05, 0.8)]).time_to_quality(("m", 100, "x")) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "word"),
+    [(0.1, 0.05, "holds"), (-0.1, 0.05, "reversed"), (0.01, 0.05, "not resolved"), (0.1, math.nan, "one seed")],
+)
+def test_a_pair_is_judged_by_its_interval(mean: float, half: float, word: str) -> None:
+    assert verdict(Difference(mean, half, {})).startswith(word)
+
+
+def test_the_interval_is_students() -> None:
+    """Against the textbook: mean of 1, 2, 3 has 4.303 * 1 / sqrt(3)."""
+    assert half_interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(half_interval([1.0]))
+
+
+def test_an_ordering_arm_has_every_block_linear_and_no_phase() -> None:
+    recipe = every_linear(load_recipe("nvidia_nvfp4"))
+    assert [r.linear for r in recipe.rules] == ["fp4"]
+    assert recipe.phases == ()
+    assert every_linear(load_recipe("bf16")) == load_recipe("bf16")
+
+
+def test_held_out_batches_count_every_sequence_once(data: Data) -> None:
+    stream = data.valid[0]
+    counted = 0
+    for text, labels in held_out_batches(stream, 4, LENGTH):
+        assert text.shape == labels.shape == (4, LENGTH)
+        counted += int((labels >= 0).sum())
+    assert counted == stream.samples(LENGTH) * LENGTH
+
+
+def test_samples_are_a_permutation_and_too_few_are_refused(data: Data) -> None:
+    stream = Stream.__new__(Stream)
+    stream.tokens = torch.arange(8 * 4 + 1, dtype=torch.int32)
+    kwargs = {"seed": 3, "batch": 4, "micro_batch": 2, "length": 4, "start": 0, "epochs": 1}
+    steps = list(training_batches(stream, steps=2, **kwargs))  # type: ignore[arg-type]
+    firsts = torch.cat([text[:, 0] for step in steps for text, _ in step])
+    assert sorted(firsts.tolist()) == list(range(0, 32, 4))
+    assert firsts.tolist() != list(range(0, 32, 4))
+    for text, labels in steps[0]:
+        assert torch.equal(text + 1, labels)
+    with pytest.raises(DataError, match="epochs"):
+        list(training_batches(stream, steps=3, **kwargs))  # type: ignore[arg-type]
+
+
+def test_the_head_in_chunks_gives_torchs_loss_and_gradients(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp4dist.study.model._CHUNK", 24)
+    job = jobs(study)[0]
+    model = Llama(job.model, torch.float32)
+    initialize(model, 1)
+    text = torch.randint(VOCAB, (2, LENGTH))
+    labels = torch.randint(VOCAB, (2, LENGTH))
+    model(text, labels).backward()
+    mine = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    monkeypatch.setattr(
+        "fp4dist.study.model._HeadLoss",
+        type("Plain", (), {"apply": staticmethod(
+            lambda h, w, y, _: torch.nn.functional.cross_entropy(h @ w.t(), y))}),
+    )  # fmt: skip
+    model(text, labels).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(mine[name], p.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_the_schedule_is_one_cycle() -> None:
+    rates = [schedule(step, 100, 0.1, 0.01, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.01)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_what_a_study_refuses(study: Study) -> None:
+    with pytest.raises(ConfigError, match="no arms"):
+        jobs(study, ("nothing",))
+    with pytest.raises(ValueError, match="bf16"):
+        replace(study, arms=study.arms[1:])
+    with pytest.raises(ValueError, match="two have one name"):
+        replace(study, arms=(*study.arms, study.arms[0]))
+
+
+@pytest.mark.parametrize("name", ["ordering", "full", "house"])
+def test_shipped_studies_load(name: str) -> None:
+    shipped = load_study(name)
+    for job in jobs(shipped, seeds=shipped.seeds[:1]):
+        assert job.recipe.name
+        assert job.model.hidden_size == 640
