@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from fp4dist.numerics.moment import Moment
 from fp4dist.numerics.rng import element_noise, philox, random_signs, scale_noise
 from fp4dist.numerics.tensor import Key
 
@@ -72,6 +75,20 @@ def test_signs_are_shared_by_a_gemm_and_fresh_for_everything_else() -> None:
     for other in signs[2:]:
         assert not torch.equal(signs[0], other)
     assert set(signs[0].tolist()) == {1.0, -1.0}
+
+
+def test_a_moment_in_memory_stands_for_the_numbers() -> None:
+    """Bits of every 32-bit time, also those whose highest bit is set; what was drawn before is drawn again."""
+    cpu, moment = torch.device("cpu"), Moment(torch.device("cpu"))
+    times: list[tuple[int, int]] = []
+    moment.drawn("watch", lambda m: (None, lambda: times.append(tuple(m.time.tolist()))))
+    for step, micro_batch in ((0, 1), (2**32 - 1, 2**31), (2**31 + 5, 7)):
+        plain = Key(seed=3, layer=4, step=step, micro_batch=micro_batch, slot=2)
+        timed = replace(plain, step=8, micro_batch=9, moment=moment)
+        moment.set(step, micro_batch)
+        assert torch.equal(*(element_noise(torch.Size((3, 24)), key, cpu) for key in (plain, timed)))
+        assert torch.equal(*(random_signs(96, key.signs(), cpu) for key in (plain, timed)))
+    assert [(a & 0xFFFFFFFF, b & 0xFFFFFFFF) for a, b in times] == [(1, 0), (2**31, 2**32 - 1), (7, 2**31 + 5)]
 
 
 def _fields(key: Key) -> dict[str, int]:
