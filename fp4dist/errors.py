@@ -39,3 +39,9 @@ class EnvironmentMismatch(Fp4DistError):
 
 class TrainingDiverged(Fp4DistError):
     """Too many non-finite steps in a row; the last good checkpoint is kept."""
+
+
+class WireError(Fp4DistError):
+    """A record from another rank is damaged or is not what this rank expects; names rank, bucket and record."""
+
+    exit_code = 24

@@ -32,6 +32,8 @@ LEVEL = {
     "comm": 5,
     "megatron": 6,
     "train": 7,
+    "study": 8,
+    "verify": 8,
 }
 MEGATRON_USERS = {"megatron", "train"}
 ENVIRONMENT_BLIND = {"spec", "numerics"}  # noise, seeds and numerics never depend on the environment

@@ -27,14 +27,20 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 import fp4dist
 from fp4dist.kernels.triton import launch as launches
 from fp4dist.kernels.triton.carriers import to_carrier
-from fp4dist.kernels.triton.quantize import Side, amax, quantize, quantize_pair, requantize, why_not, why_not_pair
+from fp4dist.kernels.triton.filters import filter_by_mask
+from fp4dist.kernels.triton.quantize import Side, amax
+from fp4dist.kernels.triton.quantizers import is_fast, quantize, quantize_pair, requantize, why_not_pair
+from fp4dist.nn.carry import REMEMBERED
 from fp4dist.numerics import BlockScaledTensor, Key
 from fp4dist.numerics.tensor import Want
+from fp4dist.spec.blocks import Hadamard
 from fp4dist.spec.build import build
+from fp4dist.spec.estimators import TrustMask
 from fp4dist.spec.load import load_recipe, shipped
 from fp4dist.spec.recipe import SLOTS, QuantSpec
 
@@ -83,12 +89,12 @@ def used(recipes: list[str]) -> dict[str, Use]:
         for linear in load_recipe(recipe).linears.values():
             for slot in SLOTS:
                 spec = linear.slot(slot)
-                if spec is None or why_not(spec) is not None or spec.source == "reuse":
+                if spec is None or not is_fast(spec) or spec.source == "reuse":
                     continue
                 use = Use(spec, "transposed" if slot in TURNED else "rows")
                 if spec.source == "requant":
                     forward = linear.slot("fprop.w" if slot == "dgrad.w" else "fprop.x")
-                    if forward is None or why_not(forward) is not None:
+                    if forward is None or not is_fast(forward):
                         continue
                     use = Use(spec, "requantized", forward)
                 found.setdefault(use.label, use)
@@ -101,9 +107,16 @@ TURNED = ("dgrad.w", "wgrad.dy", "wgrad.x")
 def wants(spec: QuantSpec) -> tuple[tuple[str, Want, float], ...]:
     """(name, what is asked for, bytes written an element)."""
     scale = 1.0 / (spec.shape[0] * spec.shape[1])
-    if spec.format.scale.name == "e8m0":  # the FP8 carrier is made from codes, which are written and read
-        fp8 = Want(False, torch.float8_e5m2)
-        return ("codes", Want(), CODES + scale), ("e5m2", fp8, 1 + 2 * (CODES + scale))
+    if (
+        spec.format.scale.name == "e8m0"
+    ):  # the second launch, which looks whether the remembered shift fits, is timed too
+        memory = torch.zeros(REMEMBERED, dtype=torch.int32, device="cuda")
+        fp8 = Want(False, torch.float8_e5m2, memory=memory)
+        both = fp8._replace(codes=True)
+        found = [("codes", Want(), CODES + scale), ("e5m2", fp8, 1.0), ("codes, e5m2", both, 1.5 + scale)]
+        if isinstance(spec.estimator, TrustMask):
+            found.append(("codes, e5m2, mask", both._replace(mask=True), 1.625 + scale))
+        return tuple(found)
     if spec.rounding.kind == "eden":  # likewise its scales: codes and fp32 scales come first
         first = 2 * (CODES + 4 * scale)
         return ("codes", Want(), CODES + 9 * scale), ("bf16", Want(False, torch.bfloat16), first + 2)
@@ -138,6 +151,9 @@ def cases(recipes: list[str]) -> Iterator[Case]:
         yield Case(
             label, " | ".join(name for name, _, _ in found), once + found[0][2] + found[1][2], _turned("rows"), run
         )
+    for dtype, size in ((torch.bfloat16, 4.125), (torch.float32, 6.125)):  # dX; dW, which becomes bf16
+        name = f"{str(dtype).removeprefix('torch.')} to bf16"
+        yield Case("filter by mask had32", name, size, _with_bits(dtype), _filter)
     for forward, dtype, size in (("nvfp4", torch.bfloat16, 2), ("mxfp4", torch.float8_e5m2, 1)):
         stored = CODES + (1 / 16 if forward == "nvfp4" else 1 / 32)
         name = str(dtype).removeprefix("torch.")
@@ -192,6 +208,15 @@ def _pair(row: QuantSpec, column: QuantSpec, first: Want, second: Want) -> Calla
     return lambda x: quantize_pair(x, Side(row, key(2), None, first), Side(column, key(4), None, second))
 
 
+def _with_bits(dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The gradient in dtype, and any mask bits."""
+    return lambda x: (x.to(dtype), x.view(torch.uint8)[:, ::16].contiguous())
+
+
+def _filter(operands: tuple[Tensor, Tensor]) -> object:
+    return filter_by_mask(*operands, Hadamard(size=32, signs="none"), None, out=torch.bfloat16)
+
+
 def _to_carrier(dtype: torch.dtype, transposed: bool) -> Callable[[BlockScaledTensor], object]:
     return lambda q: to_carrier(q, dtype, transposed=transposed)
 
@@ -237,25 +262,23 @@ class Watched:
 
     def issued(self, run: Callable[[], object]) -> int:
         """Warp instructions of the launches in `run`, all of whose kernels have run before."""
-        total, original = 0, dict(launches._COMPILED)
+        total, launched, compiled_before = 0, JITFunction.run, dict(launches._COMPILED)
 
-        class Counting:
-            def __init__(self, compiled: Any, watched: Watched) -> None:
-                self.compiled, self.watched = compiled, watched
-
-            def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-                nonlocal total
-                one = self.watched.known.setdefault(id(self.compiled), 0) or instructions(self.compiled)
-                self.watched.known[id(self.compiled)] = one
-                total += grid[0] * self.compiled.metadata.num_warps * one
-                return self.compiled[grid]
+        def counting(kernel: Any, *arguments: Any, grid: tuple[int, ...], **named: Any) -> Any:
+            nonlocal total
+            compiled: Any = launched(kernel, *arguments, grid=grid, **named)
+            if id(compiled) not in self.known:
+                self.known[id(compiled)] = instructions(compiled)
+            total += grid[0] * compiled.metadata.num_warps * self.known[id(compiled)]
+            return compiled
 
         try:
-            for form, (compiled, last) in original.items():
-                launches._COMPILED[form] = Counting(compiled, self), last
+            launches._COMPILED.clear()  # so that every launch asks Triton
+            JITFunction.run = counting  # type: ignore[method-assign]
             run()
         finally:
-            launches._COMPILED.update(original)
+            JITFunction.run = launched  # type: ignore[method-assign]
+            launches._COMPILED.update(compiled_before)
         return total
 
 

@@ -5,8 +5,11 @@
 
 The FP4 layer is the module that `apply_recipe` builds from a torch.nn.Linear, under the recipe's first LinearRecipe;
 the plain one is torch.nn.Linear itself. Each run gets new random x and dY, made outside the timed region and in several
-buffers; quantization of all operands (the weight's too), noise and every amax are inside it. Runs alternate; the ratio
-is that of the medians. --step N first runs the 60 steps before N, for recipes that choose channels at some step.
+buffers; quantization of all operands (the weight's too), noise and every amax are inside it. `handed` is the same layer
+when x and dY bring their own amax (fp4dist.numerics.handed), which whoever wrote them finds on the way, outside of the
+timed region; it is never that of an earlier step, and only what is scaled without a rotation gains by it. Runs
+alternate; the ratio is that of the medians. --step N first runs the 60 steps before N, for recipes that choose channels
+at some step.
 
 On a CPU that is fp32 against the reference backend: what quantization in plain torch costs, not what a kernel would.
 FP4 is hundreds of short parallel regions there and fp32 three long ones, so other load on the machine hurts FP4 more:
@@ -40,6 +43,7 @@ from fp4dist.errors import Fp4DistError
 from fp4dist.nn.apply import AppliedRecipe, apply_recipe
 from fp4dist.nn.grouped import Expert, TokenPart, grouped_linear
 from fp4dist.nn.linear import Fp4Linear
+from fp4dist.numerics.handed import hand_over
 from fp4dist.spec.load import load_recipe
 from fp4dist.spec.recipe import Recipe, Rule
 from fp4dist.spec.run import BackendConfig
@@ -91,11 +95,12 @@ def parse_size(text: str) -> Size:
 
 @dataclass
 class Layer:
-    """Something to run: its forward pass, its weights, and what to do between runs."""
+    """Something to run: its forward pass, its weights, what to do between runs, and whether x and dY bring an amax."""
 
     forward: Forward
     weights: Sequence[Tensor]
     between: Callable[[int], object] = lambda run: None
+    handed: bool = False
 
 
 def linears(case: Case, device: torch.device, dtype: torch.dtype) -> nn.ModuleDict:
@@ -175,14 +180,18 @@ class Buffers:
         ]
         self.taken = 0
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The next pair, with new values."""
+    def take(self, handed: bool = False) -> tuple[Tensor, Tensor]:
+        """The next pair, with new values, and with their amax if `handed`."""
         x, dy = self.pairs[self.taken % len(self.pairs)]
         self.taken += 1
         with torch.no_grad():
             x.normal_(generator=self.generator)
             dy.normal_(generator=self.generator)
-        return x.detach().requires_grad_(), dy
+        x = x.detach().requires_grad_()
+        if handed:
+            for tensor in (x, dy):
+                hand_over(tensor, tensor.detach().abs().amax().to(torch.float32))
+        return x, dy
 
 
 def run_once(layer: Layer, x: Tensor, dy: Tensor) -> None:
@@ -232,7 +241,7 @@ def alternate(
         for name, layer in layers.items():
             for kind in ("device", "eager") if device.type == "cuda" else ("eager",):
                 layer.between(2 * i + (kind == "eager") + 4)
-                run = partial(run_once, layer, *buffers.take())
+                run = partial(run_once, layer, *buffers.take(layer.handed))
                 found = seconds_of(run, device, head_start=kind == "device")
                 if i >= 0:
                     getattr(times[name], kind).append(found)
@@ -288,7 +297,10 @@ def compare(
     }
     try:
         layer = fp4_layer(case, recipe, step, device, dtype, backend)
-        times = alternate({plain: plain_layer(case, device, dtype), "fp4": layer}, case, repeats, device, dtype)
+        layers = {plain: plain_layer(case, device, dtype), "fp4": layer}
+        if device.type == "cuda":  # torch's quantizers on a CPU look for every amax themselves
+            layers["handed"] = dataclasses.replace(layer, handed=True)
+        times = alternate(layers, case, repeats, device, dtype)
     except Fp4DistError as refused:
         if case.experts:
             return {**result, "refused": str(refused)}
@@ -306,6 +318,7 @@ def compare(
     }
     if fp4.device:
         result["eager_ratio"] = statistics.median(fp4.eager) / statistics.median(other.eager)
+        result["handed_ratio"] = times["handed"].median / other.median
     return result | {f"share_of_{name}_ceiling": s / fp4.median for name, s in ceiling.items() if name != "copy"}
 
 
@@ -318,7 +331,12 @@ def line_of(r: dict[str, Any]) -> str:
     ends = [f"best {r['best_ratio']:5.2f}"]
     if "eager_ratio" in r:
         shares = " ".join(f"{r[k]:.0%} of {k[9:-8]}" for k in r if k.startswith("share_of_"))
-        ends = [f"eager {r['eager_ratio']:5.2f}", f"{r['fp4_tflops']:6.0f} TFLOP/s", f"GEMMs alone: {shares}"]
+        ends = [
+            f"handed {r['handed_ratio']:5.2f}",
+            f"eager {r['eager_ratio']:5.2f}",
+            f"{r['fp4_tflops']:6.0f} TFLOP/s",
+            f"GEMMs alone: {shares}",
+        ]
     return (
         f"{start} {r['plain']} {r['plain_seconds'] * 1e3:8.3f} ms   fp4 {r['fp4_seconds'] * 1e3:8.3f} ms"
         f"   ratio {r['ratio']:5.2f}   {'   '.join(ends)}{refused}"
@@ -336,7 +354,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.3 * len(shown)))
     for place, r in enumerate(reversed(shown)):
         axes.barh(place, r["ratio"], color="C0" if r["ratio"] > 1 else "C2")
-        axes.text(r["ratio"], place, f" {r['ratio']:.2f}", va="center", fontsize="small")
+        handed = f"; amax handed over {r['handed_ratio']:.2f}" if "handed_ratio" in r else ""
+        axes.text(r["ratio"], place, f" {r['ratio']:.2f}{handed}", va="center", fontsize="small")
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [f"{r['recipe']} {r['case']}" for r in reversed(shown)], fontsize="small")
     axes.set_xlabel(f"forward + backward, time over {shown[0]['plain'] if shown else ''} nn.Linear")

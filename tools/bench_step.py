@@ -77,6 +77,8 @@ class Result:
     ratio: float | None = None  # to bf16 under the same engine
     fp4_share: float | None = None
     optimizer: str | None = None
+    graphs: str | None = None  # whether micro-batches were replayed as CUDA graphs
+    host_seconds: float | None = None  # median, until forward and backward were launched
     profile: dict[str, Any] | None = None
 
 
@@ -116,6 +118,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them; kernels are compiled and tuned there")
     parser.add_argument("--peak", type=float, default=790.0, help="TFLOP/s that MFU relates to (default: 790, H100)")
+    parser.add_argument(
+        "--cuda-graph", choices=("auto", "true", "false"), help="train.cuda_graph; default: the config's"
+    )
     parser.add_argument("--profile", action="store_true", help="one more step of each case under torch.profiler")
     parser.add_argument("--top", type=int, default=25, help="kernels that --profile lists")
     parser.add_argument("--verbose", action="store_true", help="show fp4dist's log")
@@ -142,6 +147,7 @@ def _config(recipe: str, engine: str, args: argparse.Namespace) -> RunConfig:
         "train.eval_every=0",
         "optim.warmup_steps=1",
         f"run.dir={args.out}",
+        *([f"train.cuda_graph={args.cuda_graph}"] if args.cuda_graph else []),
     ]
     return loop.resolve_dtype(load_run(args.config, [*args.set, *sets]))
 
@@ -172,10 +178,13 @@ def _measure(config: RunConfig, world: World, args: argparse.Namespace, result: 
     engine, applied = loop.build_engine(config, world)
     result.optimizer = engine.optimizer_name
 
+    host: list[float] = []
+
     def step(number: int) -> float:
         applied.set_step(number - 1, config.train.steps)
         done, seconds = loop.timed_step(engine, applied, number, batches)
         result.losses.append(done.loss)
+        host.append(getattr(engine, "host_seconds", seconds))
         return seconds
 
     for number in range(1, args.warmup + 1):
@@ -187,6 +196,8 @@ def _measure(config: RunConfig, world: World, args: argparse.Namespace, result: 
     else:
         result.step_seconds = [step(args.warmup + i) for i in range(1, args.steps + 1)]
     result.median_seconds = statistics.median(result.step_seconds)
+    result.host_seconds = statistics.median(host[args.warmup :])
+    result.graphs = getattr(engine, "graphs", None)
     tokens = config.train.global_batch_size * config.model.seq_length
     result.tokens_per_s = tokens / result.median_seconds
     result.mfu = result.tokens_per_s * flops_per_token(config.model) / (args.peak * 1e12) if on_gpu else None
@@ -303,6 +314,8 @@ def _line(r: Result) -> str:
     text += f"  MFU {r.mfu:.1%}" if r.mfu is not None else ""
     text += f"  peak {r.peak_bytes / 2**30:.2f} GiB" if r.peak_bytes is not None else ""
     text += f"  {r.ratio:.3f}x bf16" if r.ratio is not None and r.recipe != "bf16" else ""
+    text += f"  host {r.host_seconds * 1e3:.0f} ms" if r.host_seconds is not None else ""
+    text += f"  {r.graphs.partition(' (')[0]}" if r.graphs is not None else ""
     text += f"  loss {r.losses[0]:.4f} -> {r.losses[-1]:.4f}"
     return "\n".join([text, *_profile_lines(r.profile)]) if r.profile else text
 

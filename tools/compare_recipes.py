@@ -49,6 +49,7 @@ from fp4dist.spec.run import RunConfig
 from fp4dist.spec.splits import Channels, HotResidual
 from fp4dist.spec.statistics import Hold
 from fp4dist.spec.training import AdaNorm, MomentReset, OsciReset, QRamping, SpikeClip
+from fp4dist.study.statistics import half_interval
 from fp4dist.train.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +69,6 @@ STEP_FIELDS: dict[type, tuple[tuple[str, int], ...]] = {
     Phase: (("step", 0),),
     LrShape: (("warmup", 1),),
 }
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond them 1.96 + 2.4 / df is right to 0.2 %.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -310,15 +309,6 @@ def _gap(name: str, differences: dict[int, list[float]]) -> Gap:
     over_seeds = len(per_seed) > 1
     sample = list(per_seed.values()) if over_seeds else next(iter(differences.values()))
     return Gap(name, statistics.fmean(per_seed.values()), half_interval(sample), over_seeds, per_seed)
-
-
-def half_interval(sample: Sequence[float]) -> float:
-    """Half of the 95 % interval of a sample's mean, by Student's t; NaN for one value."""
-    n = len(sample)
-    if n < 2:
-        return math.nan
-    quantile = STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96 + 2.4 / (n - 1)
-    return quantile * statistics.stdev(sample) / math.sqrt(n)
 
 
 def write(outcomes: Sequence[Outcome], args: argparse.Namespace, out: Path) -> None:

@@ -45,7 +45,7 @@ from fp4dist.spec.recipe import QuantSpec
 ROOT = Path(__file__).resolve().parents[1]
 MXFP4 = {"format": "mxfp4"}
 LIMIT = 2e-4  # an eighth of what rounding the output to bf16 costs
-INTERVALS = (128, 256, 512, 1024, 0)
+INTERVALS = (32, 64, 128, 256, 512, 1024, 0)
 STRESS = "spread blocks"
 DEPTHS = (1024, 2048, 4096, 8192, 16384)
 Pair = tuple[Tensor, Tensor]

@@ -9,8 +9,9 @@ A backend registers a function with `@kernel(op, backend=...)` and a `supports` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ Op = Literal[
 ]  # fmt: skip
 Backend = Literal["reference", "triton", "cuda"]
 AUTO_ORDER: tuple[Backend, ...] = ("cuda", "triton", "reference")
+NATIVE = (10, 0)  # the first compute capability with FP4 tensor cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ def declare_missing(backend: Backend, reason: str) -> None:
 
 def resolve(request: Request, config: BackendConfig) -> Kernel:
     """The kernel for `request`; KernelUnavailable with every backend's reason if there is none."""
-    wanted = AUTO_ORDER if config.kind == "auto" else (config.kind,)
+    wanted = auto_order(request.device) if config.kind == "auto" else (config.kind,)
     reasons: list[tuple[str, str]] = []
     for backend in wanted:
         reason = _reason_against(request, backend, config)
@@ -149,9 +151,41 @@ def grouped(matmul: Kernel) -> Callable[..., list[Any]]:
     return one_by_one
 
 
+Around = Callable[[Kernel, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def watched(around: Around) -> Iterator[None]:
+    """Within it `around` runs every kernel but the reference's: given kernel and arguments, it calls `kernel.fn`.
+
+    For verification: what was resolved outside keeps its way, and calls between kernels are not seen.
+    """
+    kept = dict(_KERNELS)
+
+    def through(kernel: Kernel) -> Kernel:
+        return replace(kernel, fn=lambda *args, **named: around(kernel, args, named))
+
+    _KERNELS.update({at: through(kernel) for at, kernel in kept.items() if kernel.backend != "reference"})
+    try:
+        yield
+    finally:
+        _KERNELS.update(kept)
+
+
+def auto_order(device: torch.device) -> tuple[Backend, ...]:
+    """AUTO_ORDER; on a GPU without FP4 tensor cores Triton's kernels, which are the faster ones there, come first."""
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < NATIVE:
+        return ("triton", "cuda", "reference")
+    return AUTO_ORDER
+
+
 def explain(request: Request, config: BackendConfig) -> dict[str, str]:
     """Backend -> "yes" or the reason for no, for the layer table."""
-    return {b: _reason_against(request, b, config) or "yes" for b in AUTO_ORDER}
+    found = {b: _reason_against(request, b, config) or "yes" for b in AUTO_ORDER}
+    later = config.kind == "auto" and auto_order(request.device) != AUTO_ORDER
+    if later and found["cuda"] == found["triton"] == "yes":
+        found["cuda"] = "Triton's kernels are faster before compute capability 10.0; backend.kind: cuda takes these"
+    return found
 
 
 def _reason_against(request: Request, backend: Backend, config: BackendConfig) -> str | None:

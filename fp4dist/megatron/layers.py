@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +21,14 @@ from fp4dist.nn.comm import SLOT_DIMS, Dim
 from fp4dist.nn.function import fp4_linear
 from fp4dist.nn.plan import LinearPlan
 from fp4dist.numerics.quantize import ReduceMax
+
+
+class SumWire(Protocol):
+    """Another way for the reduce-scatters of one linear."""
+
+    def reduce_scatter(self, t: Tensor, group: Any) -> Callable[[], Tensor]:
+        """Start summing [n, ...] over the ranks of `group`; the returned function waits, gives this rank's part."""
+        ...
 
 
 @dataclass(slots=True)
@@ -34,6 +42,7 @@ class TpComm:
     allreduce_dgrad   the input gradient is a partial sum to be all-reduced
     context_group     ranks that hold other pieces of the same sequences; None: this rank has whole sequences
     both_group        the product of `group` and `context_group`
+    wire              how sums under sequence parallelism travel; None: as they are
     """
 
     split: Dim | None
@@ -43,6 +52,8 @@ class TpComm:
     allreduce_dgrad: bool = False
     context_group: Any = None
     both_group: Any = None
+    wire: SumWire | None = None
+    _sizes: tuple[int, int] | None = None  # of `group` and `context_group`, asked several times a GEMM
 
     @property
     def rank(self) -> int:
@@ -52,13 +63,19 @@ class TpComm:
     @property
     def size(self) -> int:
         """Ranks that share the layer."""
-        return _size(self.group)
+        return (self._sizes or self._ask())[0]
 
     @property
     def context(self) -> tuple[int, int]:
         """(rank, size) in context parallelism."""
-        size = _size(self.context_group)
+        size = (self._sizes or self._ask())[1]
         return (dist.get_rank(self.context_group), size) if size > 1 else (0, 1)
+
+    def _ask(self) -> tuple[int, int]:
+        found = _size(self.group), _size(self.context_group)
+        if dist.is_initialized():  # else there are no groups yet
+            self._sizes = found
+        return found
 
     def all_gather(self, part: Tensor) -> Callable[[], Tensor]:
         """Start gathering [n, ...] from every rank to [size * n, ...]."""
@@ -98,6 +115,8 @@ class TpComm:
         return reduce
 
     def _reduce_scatter(self, t: Tensor) -> Callable[[], Tensor]:
+        if self.wire is not None:
+            return self.wire.reduce_scatter(t, self.group)
         part = t.new_empty((t.shape[0] // self.size, *t.shape[1:]))
         work = dist.reduce_scatter_tensor(  # pyright: ignore[reportDeprecated]
             part, t.contiguous(), group=self.group, async_op=True
@@ -106,7 +125,7 @@ class TpComm:
 
 
 def _size(group: Any) -> int:
-    """Asked several times a GEMM: of the group itself, since dist.get_world_size takes ten times as long."""
+    """Of the group itself: dist.get_world_size takes ten times as long."""
     return group.size() if group is not None and dist.is_initialized() else 1
 
 

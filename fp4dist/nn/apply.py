@@ -23,6 +23,7 @@ from fp4dist.nn.gather import gather_words
 from fp4dist.nn.linear import Fp4Conv1D, Fp4Linear, convert, is_conv1d, revert
 from fp4dist.nn.phases import Phases, describe, names
 from fp4dist.nn.plan import FP4, HIGH, SIDE, LinearPlan, Tally, resolve_kernels
+from fp4dist.nn.raising import merged, raised
 from fp4dist.nn.report import LinearRow, fp4_share, table_json, table_text
 from fp4dist.nn.sites import Fp4Module, LinearSite, check_numbers, experts_of, find_linears, named_modules
 from fp4dist.spec.load import load_recipe
@@ -64,6 +65,7 @@ class AppliedRecipe:
     controllers: Controllers | None = None  # what scales and channel choices keep between steps; None: no model here
     exactness: Exactness | None = None  # what FP8 carriers lost, and which GEMMs left them; None: no model here
     entered: bool = False  # whether set_step has been called
+    raised: dict[str, dict[str, str]] = field(default_factory=dict)  # path -> GEMM -> precision above the recipe's
     phases: Phases = field(init=False)
 
     def __post_init__(self) -> None:
@@ -300,10 +302,25 @@ class AppliedRecipe:
             for s in new
         ]
 
+    def raise_gemms(self, paths: Collection[str], gemms: Collection[str], to: str) -> None:
+        """Run GEMMs of linears in a higher precision from now on, whatever phases say. On every rank, between steps.
+
+        to   bf16 (unquantized) or fp8. Not part of `state_dict`: whoever decides it keeps `raised` and calls
+             `restore_raised` after loading. Raises KernelUnavailable where no backend has the FP8 kernels.
+        """
+        self.restore_raised(merged(self.raised, paths, gemms, to))
+
+    def restore_raised(self, found: Mapping[str, Mapping[str, str]]) -> None:
+        """Make path -> GEMM -> precision what is raised."""
+        if {p: dict(g) for p, g in found.items()} == self.raised:
+            return
+        self.raised = {path: dict(gemms) for path, gemms in found.items()}
+        self._switch()
+
     def _switch(self) -> None:
-        """Give every linear the LinearRecipe of the running phases."""
+        """Give every linear the LinearRecipe of the running phases, and of what is raised."""
         self.before = (*self.before, self.rows)
-        self.rows = _rows(self.assigned, self.recipe, self.active)
+        self.rows = _rows(self.assigned, self.recipe, self.active, self.raised)
         _give_plans(self)
         if self.optimizer is not None:
             self.optimizer.plans_changed()
@@ -397,11 +414,17 @@ def plan_table(
     return AppliedRecipe(recipe, Clock(), rows, remarks, (), BackendConfig(), assigned=assigned)
 
 
-def _rows(assigned: Assignments, recipe: Recipe, running: Collection[str] = ()) -> tuple[LinearRow, ...]:
+def _rows(
+    assigned: Assignments, recipe: Recipe, running: Collection[str] = (), raising: Mapping[str, dict[str, str]] = {}
+) -> tuple[LinearRow, ...]:
     rows = []
     for a in assigned.rows:
         name, why = a.during(recipe, running)
-        rows.append(LinearRow(a.site, name, recipe.linear(name), why, {}))
+        linear, above = recipe.linear(name), raising.get(a.site.path)
+        if above and not linear.is_high_precision:
+            linear, told = raised(linear, above), ", ".join(f"{gemm} {to}" for gemm, to in sorted(above.items()))
+            why = f"{why}; raised: {told}"
+        rows.append(LinearRow(a.site, name, linear, why, {}))
     return tuple(rows)
 
 

@@ -17,11 +17,12 @@ from fp4dist.kernels.registry import Kernel, Request, companion
 from fp4dist.nn.parts import parted_slots
 from fp4dist.numerics.matmul import Operand
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Want
-from fp4dist.spec.estimators import Straight
+from fp4dist.spec.estimators import Straight, TrustMask
 from fp4dist.spec.operand import QuantSpec
 from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe
 
 FORWARD_OF = {"dgrad.w": "fprop.w", "wgrad.x": "fprop.x"}  # backward operands with forward codes
+REMEMBERED = 8  # numbers that a quantizer keeps of a slot; see `Want.memory`
 NARROW = (torch.float8_e5m2, torch.float8_e4m3fn)  # carriers that may not hold every value: they count what is lost
 
 
@@ -42,9 +43,13 @@ class Carrying:
     lost: dict[str, Tensor] = field(default_factory=dict)
 
     def want(self, slot: str, training: bool) -> Want:
-        """What the slot's quantizer gives now: without a backward pass nobody reads codes beside a carrier."""
+        """What the slot's quantizer gives now: without a backward pass nobody reads codes beside a carrier, and nobody
+        counts what it has lost.
+        """
         want = self.wants.get(slot, CODES)
-        return want if training or want.carrier is None else want._replace(codes=False)
+        if want.carrier is None:
+            return want
+        return want._replace(lost=self.lost.get(slot)) if training else want._replace(codes=False, mask=False)
 
     def of(self, slot: str, operand: Operand) -> Operand:
         """The operand as its GEMM takes it: its carrier, where the GEMM has a type."""
@@ -73,9 +78,11 @@ class Carrying:
         return replace(carrier, values=values.contiguous() if kind in NARROW else values)
 
     def note(self, slot: str, operand: Operand) -> None:
-        """Remember what the carrier that `slot` gives to its GEMM has lost."""
+        """Remember what the carrier that `slot` gives to its GEMM has lost, unless its quantizer has."""
         if isinstance(operand, Carrier) and operand.lost is not None and slot in self.lost:
-            torch.maximum(self.lost[slot], operand.lost, out=self.lost[slot])
+            total = self.lost[slot]
+            if operand.lost is not total:
+                torch.maximum(total, operand.lost, out=total)
 
     def words(self) -> dict[str, str]:
         """GEMM -> the types of its carriers, for tables: bfloat16, e5m2 x e4m3fn ..."""
@@ -118,7 +125,9 @@ def resolve_carrying(
                 continue
             found.types[slot], found.decoders[slot] = kind, decoder
             if slot in kernels and kernels[slot].carries:
-                found.wants[slot] = Want(codes=slot in read, carrier=kind)
+                memory = torch.zeros(REMEMBERED, dtype=torch.int32, device=device) if kind in NARROW else None
+                masked = slot in read and isinstance(quantized[slot].estimator, TrustMask)
+                found.wants[slot] = Want(slot in read, kind, masked, memory)
     return found
 
 

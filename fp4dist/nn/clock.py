@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakSet, ref
 
+from fp4dist.numerics.moment import Moment
 from fp4dist.numerics.tensor import Key
 from fp4dist.spec.recipe import SLOTS
 
@@ -25,12 +26,15 @@ class Clock:
     micro_batch     global micro-batch index: i * data_parallel_size + data_parallel_rank
     cache_weights   the loop promises that weights change only between steps, so quantized weights may be kept for one;
                     not where weights are gathered for a layer at a time (ZeRO 3, FSDP): all their codes would stay
+    moment          step and micro-batch in device memory, which the noise reads in place of the numbers: set while a
+                    CUDA graph is captured, whose replays would repeat the noise of numbers
     """
 
     seed: int = 0
     step: int = 0
     micro_batch: int = 0
     cache_weights: bool = False
+    moment: Moment | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Clock:
         """Also of a copy, which never sees __init__: `replayable` has to know every clock."""
@@ -40,19 +44,32 @@ class Clock:
 
     def key(self, layer: int, slot: str) -> Key:
         """The key of one whole operand of linear number `layer`; `comm.place` makes it a shard's."""
-        return Key(self.seed, layer, self.step, self.micro_batch, SLOTS.index(slot))
+        return Key(self.seed, layer, self.step, self.micro_batch, _NUMBER[slot], moment=self.moment)
 
-    @contextmanager
-    def at(self, step: int, micro_batch: int) -> Generator[None]:
+    def at(self, step: int, micro_batch: int) -> AbstractContextManager[None]:
         """Another time inside the block; the time from before it afterwards, also after an exception."""
-        now = (self.step, self.micro_batch)
-        self.step, self.micro_batch = step, micro_batch
-        try:
-            yield
-        finally:
-            self.step, self.micro_batch = now
+        return _At(self, step, micro_batch)
 
 
+class _At:
+    """See `Clock.at`: every backward pass of a linear enters one, so it is no generator."""
+
+    __slots__ = ("_before", "_clock", "_time")
+
+    def __init__(self, clock: Clock, step: int, micro_batch: int) -> None:
+        self._clock, self._time = clock, (step, micro_batch)
+
+    def __enter__(self) -> None:
+        clock = self._clock
+        self._before = clock.step, clock.micro_batch, clock.moment
+        if self._time != self._before[:2]:  # the moment is that of the time before
+            (clock.step, clock.micro_batch), clock.moment = self._time, None
+
+    def __exit__(self, *_: object) -> None:
+        self._clock.step, self._clock.micro_batch, self._clock.moment = self._before
+
+
+_NUMBER = {slot: i for i, slot in enumerate(SLOTS)}
 _LIVE: WeakSet[Clock] = WeakSet()
 
 

@@ -116,6 +116,10 @@ def place(comm: LinearComm, slot: str, rows: int, columns: int, key: Key, token_
 
     token_shard   the part is made from this rank's part of the tokens (sequence parallelism)
     """
+    if comm.size == comm.pieces == comm.context[1] == 1:  # nothing is split
+        return Key(
+            key.seed, key.layer, key.step, key.micro_batch, key.slot, key.stream, (0,), (0,), rows, columns, key.moment
+        )  # fmt: skip
     row_dim, column_dim = SLOT_DIMS[slot]
     row_runs, all_rows = _runs(comm, row_dim, rows, token_shard)
     column_runs, all_columns = _runs(comm, column_dim, columns, token_shard)
@@ -130,6 +134,7 @@ def place(comm: LinearComm, slot: str, rows: int, columns: int, key: Key, token_
         column_runs,
         all_rows,
         all_columns,
+        key.moment,
     )
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import LinearComm
-from fp4dist.nn.passing import FILTER_W, FILTER_X, MASK_X
+from fp4dist.nn.passing import FILTER_W, FILTER_W_BITS, FILTER_X, MASK_X
 from fp4dist.nn.plan import LinearPlan, Operand
 from fp4dist.numerics.estimators import amax_direction, inside, pack_bits, rows, scaled, slope, unpack_bits
 from fp4dist.numerics.rotation import filtered, rotate
 from fp4dist.numerics.tensor import BlockScaledTensor, PartedTensor
-from fp4dist.spec.estimators import Dge, Lsq, Straight
+from fp4dist.spec.estimators import Dge, Lsq, Straight, TrustMask
 from fp4dist.spec.operand import QuantSpec
 from fp4dist.spec.splits import Channels, HotResidual
 
@@ -40,6 +40,8 @@ def keep_x(plan: LinearPlan, comm: LinearComm, x: Tensor, operand: Operand) -> l
         mine = slice(comm.rank * len(x_TI), (comm.rank + 1) * len(x_TI))
         main, side = rows(main, mine.start, mine.stop), side[mine] if side is not None else None
     key = plan.clock.key(plan.number, "fprop.x")
+    if main.inside is not None and isinstance(spec.estimator, TrustMask) and side is None:
+        return [main.inside]
     if (mask := plan.kernels.get(MASK_X)) is not None:
         return [mask(x_TI, main.scales, main.global_scale, spec, key)]
     if isinstance(spec.outlier, Channels):
@@ -86,22 +88,35 @@ def passes_late(comm: LinearComm) -> bool:
 
 
 def keep_w(plan: LinearPlan, operand: Operand) -> list[Tensor]:
-    """What `pass_w` needs of the quantized fprop.w: its scales, where something stands beside the codes, its codes."""
+    """What `pass_w` needs of the quantized fprop.w: its mask, where the quantizer wrote one, else its scales, where
+    something stands beside the codes, its codes.
+    """
     spec = plan.spec("fprop.w")
     if spec is None or isinstance(spec.estimator, Straight):
         return []
     main, side = _parts(operand)
+    if main.inside is not None and isinstance(spec.estimator, TrustMask) and FILTER_W_BITS in plan.kernels:
+        return [main.inside]
     kept = [main.scales, main.global_scale]
     if isinstance(spec.estimator, Lsq):
         return [*kept, main.codes]
     return [*kept, pack_bits(side != 0)] if side is not None and spec.outlier is not None else kept
 
 
-def pass_w(plan: LinearPlan, dw: Tensor, weight: Tensor, kept: list[Tensor]) -> Tensor:
-    """[O, I] dW_q -> dW, in its dtype. kept: of `keep_w`, in the forward pass with this `weight`."""
+def pass_w(
+    plan: LinearPlan, dw: Tensor, weight: Tensor, kept: list[Tensor], into: Tensor | None = None,
+    out: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """[O, I] dW_q -> dW, in its dtype, or where a kernel can in dtype `out`, or added to `into` (fp32), which then is
+    returned. kept: of `keep_w`, in the forward pass with this `weight`.
+    """
     spec = plan.spec("fprop.w")
     if not kept or spec is None:
         return dw
+    if len(kept) == 1:
+        key = plan.clock.key(plan.number, "fprop.w")
+        named = {"into": into} if into is not None else {} if out is None else {"out": out}
+        return plan.kernels[FILTER_W_BITS](dw, kept[0], spec.rotation, key, **named)
     key, x_spec = plan.clock.key(plan.number, "fprop.w"), plan.spec("fprop.x")
     chosen = _channels(plan) if x_spec is not None and isinstance(x_spec.outlier, Channels) else None
     if chosen is None and (by_scales := plan.kernels.get(FILTER_W)) is not None:

@@ -44,8 +44,8 @@ def fp4_linear(x: Tensor, weight: Tensor, plan: LinearPlan, comm: LinearComm) ->
     returns  [..., O] in x's dtype (likewise a part, if `comm` scatters)
 
     Tokens that no block divides are filled up with zeros (`nn.filling`), or refused with a RecipeMismatch. On a GPU
-    nothing waits for the device, and both passes can be captured as a CUDA graph; what decides the noise is then part
-    of the graph, so that each replay repeats the noise of the step that was captured.
+    nothing waits for the device, and both passes can be captured as a CUDA graph. Its replays draw the noise of the
+    time that the clock's `moment` shows then; captured without a moment, they repeat the noise of the captured step.
     """
     tokens = x.shape[:-1].numel()
     if tokens % plan.multiple() and may_fill(comm) and (reason := why_not_filled(plan.recipe)) is not None:
@@ -122,8 +122,11 @@ class Fp4LinearFunction(torch.autograd.Function):
             operands = (dy_OT(), x_IT()) if x_IT is not None else None  # before: their amax would wait for dX behind it
             finish_dx = comm.reduce_dx(dx) if dx is not None else None  # travels under wgrad's GEMM
             total = main_grad_for(plan, weight, bool(kept.passing_w))
-            dw = _wgrad(plan, *operands, dy.dtype, total) if operands is not None else None
-            dw = pass_w(plan, dw, weight, kept.passing_w) if dw is not None else None
+            rounded = dtype_of_gradient(weight)
+            early = None if kept.passing_w else rounded
+            dw = _wgrad(plan, *operands, dy.dtype, total, early) if operands is not None else None
+            if dw is not None and kept.passing_w:
+                dw = pass_w(plan, dw, weight, kept.passing_w, main_grad_for(plan, weight, False), rounded)
             dx = finish_dx() if finish_dx is not None else None
             if dx is not None and passes_late(comm):
                 dx = pass_x(plan, dx, kept.passing_x)
@@ -163,15 +166,19 @@ def in_dtype(operand: Operand, dtype: torch.dtype) -> Operand:
     return operand.to(dtype) if isinstance(operand, Tensor) else operand
 
 
-def _wgrad(plan: LinearPlan, dy_OT: Operand, x_IT: Operand, dtype: torch.dtype, total: Tensor | None) -> Tensor:
-    """[O, I]: fp32 if quantized, else in dY's dtype. total: of `main_grad_for`; returned with dW in it."""
+def _wgrad(
+    plan: LinearPlan, dy_OT: Operand, x_IT: Operand, dtype: torch.dtype, total: Tensor | None, out: torch.dtype | None
+) -> Tensor:
+    """[O, I]: if quantized in dtype `out`, or else fp32, else in dY's dtype. total: of `main_grad_for`; returned with
+    dW in it.
+    """
     x_IT = in_dtype(x_IT, dtype)
     if plan.kind("wgrad") == HIGH:
         assert isinstance(dy_OT, Tensor)
         assert isinstance(x_IT, Tensor)
         plan.count("wgrad", dy_OT.shape[0], x_IT.shape[0], dy_OT.shape[1])
         return dy_OT.matmul(x_IT.t())
-    return plan.matmul("wgrad", dy_OT, x_IT, into=total)
+    return plan.matmul("wgrad", dy_OT, x_IT, into=total, out=torch.float32 if out is None else out)
 
 
 def main_grad_for(plan: LinearPlan, weight: Tensor, passes: bool) -> Tensor | None:
@@ -184,6 +191,14 @@ def main_grad_for(plan: LinearPlan, weight: Tensor, passes: bool) -> Tensor | No
         return None
     fits = main_grad.dtype == torch.float32 and main_grad.shape == weight.shape and main_grad.is_contiguous()
     return main_grad if fits else None
+
+
+def dtype_of_gradient(weight: Tensor) -> torch.dtype | None:
+    """bf16, where that is what dW is rounded to in the end, so that a kernel may round it; None: it stays fp32."""
+    if hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    wanted = weight.grad_dtype if weight.is_leaf else weight.dtype
+    return wanted if wanted == torch.bfloat16 else None
 
 
 def hand_over(weight: Tensor, dw: Tensor) -> Tensor:

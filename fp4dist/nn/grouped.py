@@ -130,13 +130,10 @@ class GroupedLinearFunction(torch.autograd.Function):
             plan, comm = group.plans[e], group.comms[e]
             w_q = plan.quantize_weight(weights[e], comm, training)
             operands[e] = (plan.quantize("fprop.x", x_parts[e], comm), w_q)
-        y = x.new_empty((x.shape[0], weights[0].shape[0]))
-        y_parts = y.split(group.counts)
-        for e, product in _products(group, "fprop", operands, counted=training, out=x.dtype).items():
-            y_parts[e].copy_(product)
         high = group.busy("fprop", high=True)
-        for e, product in _high_rows(x_parts, {e: weights[e].to(x.dtype).t() for e in high}).items():
-            y_parts[e].copy_(product)
+        products = _products(group, "fprop", operands, counted=training, out=x.dtype)
+        products |= _high_rows(x_parts, {e: weights[e].to(x.dtype).t() for e in high})
+        y = _in_order(products, x, weights[0].shape[0])
         if training:
             _count_high(group, "fprop", high, weights)
             ctx.group, ctx.weights = group, weights  # the parameters themselves: backward looks for their main_grad
@@ -158,8 +155,9 @@ class GroupedLinearFunction(torch.autograd.Function):
         x_parts = whole.x.split(group.counts) if whole.x is not None else None
         dy_parts = dy.split(group.counts)
         with ExitStack() as stack, no_autocast(dy):
-            for plan, time in zip(group.plans, ctx.times, strict=True):
-                stack.enter_context(plan.clock.at(*time))
+            times = zip(group.plans, ctx.times, strict=True)
+            for clock, time in {id(plan.clock): (plan.clock, time) for plan, time in times}.values():
+                stack.enter_context(clock.at(*time))
             dys = [
                 TokenGather(plan, comm).gradient(part, needs_dx, needed)
                 for plan, comm, part, needed in zip(group.plans, group.comms, dy_parts, needs_dw, strict=True)
@@ -183,19 +181,21 @@ def _dgrad(
         plan, comm = group.plans[e], group.comms[e]
         w_q = plan.backward_operand("dgrad.w", kept[e].w_q, weights[e], comm)
         operands[e] = (dys[e][0](), in_dtype(w_q, dy.dtype))
-    dx = dy.new_empty((dy.shape[0], weights[0].shape[1]))
-    dx_parts = dx.split(group.counts)
-    for e, product in _products(group, "dgrad", operands, out=dy.dtype).items():
-        dx_parts[e].copy_(product)
+    products = _products(group, "dgrad", operands, out=dy.dtype)
     high = group.busy("dgrad", high=True)
     plain = {e: high_precision_weight(group.plans[e], kept[e].w_q, weights[e], group.comms[e]) for e in high}
-    for e, product in _high_rows(dy_parts, {e: w.to(dy.dtype) for e, w in plain.items()}).items():
-        dx_parts[e].copy_(product)
+    products |= _high_rows(dy_parts, {e: w.to(dy.dtype) for e, w in plain.items()})
     _count_high(group, "dgrad", high, weights)
-    for e, plan in enumerate(group.plans):
-        if kept[e].passing_x:
-            dx_parts[e].copy_(pass_x(plan, dx_parts[e], kept[e].passing_x))
-    return dx
+    passed = {e: pass_x(group.plans[e], dx, kept[e].passing_x) for e, dx in products.items() if kept[e].passing_x}
+    return _in_order(products | passed, dy, weights[0].shape[1])
+
+
+def _in_order(parts: Mapping[int, Tensor], like: Tensor, columns: int) -> Tensor:
+    """[T, columns] in the dtype of `like`: the rows of all experts that have any."""
+    rows = [parts[e].to(like.dtype) for e in sorted(parts)]
+    if len(rows) > 1:
+        return torch.cat(rows)
+    return rows[0] if rows else like.new_empty((0, columns))
 
 
 def _wgrad(

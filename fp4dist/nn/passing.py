@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fp4dist.kernels.registry import AUTO_ORDER, Backend, Kernel, Op, Request, companion
+from fp4dist.kernels.registry import Backend, Kernel, Op, Request, auto_order, companion
 from fp4dist.nn.carry import FORWARD_OF
 from fp4dist.nn.parts import parted_slots
 from fp4dist.spec.recipe import LinearRecipe
@@ -16,12 +16,14 @@ from fp4dist.spec.run import BackendConfig
 
 # Names in `LinearPlan.kernels`. ORIGINAL: of the backward slot that starts from forward codes.
 MASK_X, FILTER_X, FILTER_W = "fprop.x:mask", "fprop.x:filter", "fprop.w:filter"
+FILTER_W_BITS = "fprop.w:bits"
 ORIGINAL = {"dgrad.w": "dgrad.w:original", "wgrad.x": "wgrad.x:original"}
 # Name -> the slot whose codes it is about, and the operation.
 _OPERATIONS: dict[str, tuple[str, Op]] = {
     MASK_X: ("fprop.x", "mask"),
     FILTER_X: ("fprop.x", "filter_by_mask"),
     FILTER_W: ("fprop.w", "filter_by_scales"),
+    FILTER_W_BITS: ("fprop.w", "filter_by_mask"),
     ORIGINAL["dgrad.w"]: ("fprop.w", "original"),
     ORIGINAL["wgrad.x"]: ("fprop.x", "original"),
 }
@@ -29,7 +31,7 @@ _OPERATIONS: dict[str, tuple[str, Op]] = {
 
 def passing_kernels(recipe: LinearRecipe, device: torch.device, config: BackendConfig) -> dict[str, Kernel]:
     """Name -> kernel, where a backend of `config` other than the reference takes the spec and the linear has use."""
-    wanted: tuple[Backend, ...] = AUTO_ORDER if config.kind == "auto" else (config.kind,)
+    wanted: tuple[Backend, ...] = auto_order(device) if config.kind == "auto" else (config.kind,)
     backends: list[Backend] = [b for b in wanted if b != "reference"]  # which is what runs in torch
     unused = {name for slot, name in ORIGINAL.items() if not _needs_original(recipe, slot)}
     found: dict[str, Kernel] = {}

@@ -347,6 +347,10 @@ class LinearPlan:
                 held[storage.data_ptr()] = storage.nbytes()
         return sum(held.values())
 
+    def kept(self) -> list[Operand]:
+        """The quantized weights that are kept for the step: whoever reads their memory later has to hold them."""
+        return [operand for _, operand in self._weights.values()]
+
     def forget_weights(self) -> None:
         """Forget weights that were quantized for a step which is over; what was delivered stays."""
         self._weights = {}

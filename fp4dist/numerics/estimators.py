@@ -81,7 +81,7 @@ def rows(q: BlockScaledTensor, first: int, last: int) -> BlockScaledTensor:
         parts[name] = value
     several = q.scales.shape[0] > 1
     block = (1, q.block[1]) if several else (last - first, q.block[1])
-    return replace(q, codes=q.codes[first:last], block=block, carrier=None, **parts)
+    return replace(q, codes=q.codes[first:last], block=block, carrier=None, inside=None, **parts)
 
 
 def inside(u: Tensor, element: ElementFormat) -> Tensor:

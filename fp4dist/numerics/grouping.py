@@ -102,14 +102,27 @@ class Grouping:
         """Grid-shaped sums of `x`, which must not be negative, over each logical block."""
         if 0 not in self.spec.shape:
             return tree_sum(x, self.block)
-        by_tensor = self.spec.shape[0] == 0
+        return self.total_of(tree_sum(x, self.chunk()))
+
+    def chunk(self) -> tuple[int, int]:
+        """Rows and columns that sums over logical rows, or over the logical tensor, begin with."""
         rows, columns = self._global_shape()
-        chunk = (chunk_of(rows) if by_tensor else 1, chunk_of(columns))
-        parts = tree_sum(x, self._checked(chunk))
+        return self._checked((chunk_of(rows) if self.spec.shape[0] == 0 else 1, chunk_of(columns)))
+
+    def total_of(self, parts: Tensor) -> Tensor:
+        """Sums over logical rows, or over the logical tensor, from those of this rank's chunks."""
+        by_tensor = self.spec.shape[0] == 0
         if self._is_shard():
-            parts = self._merged(parts, chunk, rows_kept=not by_tensor)
-        whole = tree_sum(parts, (parts.shape[0] if by_tensor else 1, parts.shape[1]))
-        return whole
+            parts = self._merged(parts, self.chunk(), rows_kept=not by_tensor)
+        return tree_sum(parts, (parts.shape[0] if by_tensor else 1, parts.shape[1]))
+
+    def moments(self, x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Grid-shaped sums of the squares and of the magnitudes of x / unit over each logical block.
+
+        unit   grid-shaped powers of two: the division is exact, and squares neither overflow nor vanish
+        """
+        x = x * spread(torch.ones_like(unit) / unit, x.shape)
+        return self.total(x * x), self.total(x.abs())
 
     def count(self) -> int:
         """Elements of a logical block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -105,8 +106,13 @@ def _values(main: Single) -> Tensor:
 
 def _codes_product(a: Single, b: Single, rotation: int) -> Tensor:
     """[M, N], factors of rows last."""
+    return product_of_codes(a, b, rotation, _gemm)
+
+
+def product_of_codes(a: Single, b: Single, rotation: int, gemm: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """[M, N] fp32 of operands without parts; `gemm` adds up A B^T of what stands inside the sum."""
     left, right = _factors(a), _factors(b)
-    total = _gemm(left.inner, right.inner) * (left.scale * right.scale / rotation)
+    total = gemm(left.inner, right.inner) * (left.scale * right.scale / rotation)
     if left.rows is not None:
         total = total * left.rows
     return total if right.rows is None else total * right.rows.t()

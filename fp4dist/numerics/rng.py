@@ -40,8 +40,7 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tupl
 
 def words(index: Tensor, key: Key) -> Tensor:
     """[..., 4] int64 words for counter indices `index` (int64) under `key`."""
-    a, b, c = (torch.full((), w, dtype=torch.int64, device=index.device) for w in run_words(key))
-    drawn = philox((index & MASK, a, b, c), (key.seed & MASK, key.layer & MASK))
+    drawn = philox((index & MASK, *_run_words_on(key, index.device)), (key.seed & MASK, key.layer & MASK))
     return torch.stack(torch.broadcast_tensors(*drawn), dim=-1)
 
 
@@ -66,6 +65,11 @@ def scale_noise(blocks: torch.Size, key: Key, block_columns: int, device: torch.
 
 def random_signs(size: int, key: Key, device: torch.device) -> Tensor:
     """[size] fp32 of +-1, size <= 128: bit i of the 128-bit draw at index 0; a set bit is -1."""
+    if key.moment is not None:
+        nothing = torch.zeros((), dtype=torch.int64, device=device)
+        words = torch.stack(philox((nothing, *_run_words_on(key, device)), (key.seed & MASK, key.layer & MASK)))
+        bits = words[:, None] >> torch.arange(32, device=device) & 1
+        return 1.0 - 2.0 * bits.flatten()[:size].to(torch.float32)
     drawn = philox((0, *run_words(key)), (key.seed & MASK, key.layer & MASK))
     return torch.tensor([1.0 - 2.0 * (drawn[i // 32] >> i % 32 & 1) for i in range(size)], device=device)
 
@@ -73,6 +77,17 @@ def random_signs(size: int, key: Key, device: torch.device) -> Tensor:
 def run_words(key: Key) -> tuple[int, int, int]:
     """(micro-batch, step, slot and stream): the counter's 32-bit words above the index."""
     return key.micro_batch & MASK, key.step & MASK, (key.slot + SLOTS_PER_STREAM * key.stream) & MASK
+
+
+def _run_words_on(key: Key, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`run_words` as [] int64 on `device`; the first two from the key's moment, where it has one."""
+    words = run_words(key)
+    last = torch.full((), words[2], dtype=torch.int64, device=device)
+    if key.moment is None:
+        first, second = (torch.full((), word, dtype=torch.int64, device=device) for word in words[:2])
+    else:
+        first, second = (key.moment.time.to(device, torch.int64) & MASK).unbind()
+    return first, second, last
 
 
 def _indices(shape: torch.Size, key: Key, group: int, device: torch.device) -> Tensor:

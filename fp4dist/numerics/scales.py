@@ -155,12 +155,12 @@ def _steps(x: Tensor, spec: QuantSpec, rule: Quest | Sawb, grouping: Grouping) -
     """[R/br, C/bc] size of one step of the grid, from the moments of each block."""
     amax, n = grouping.amax(x), float(grouping.count())
     unit = decode_e8m0(_power_below(amax))
-    x = x * spread(divide(1.0, unit), x.shape)  # exact, and squares neither overflow nor vanish
     if isinstance(rule, Sawb):
         c1, c2 = SAWB_INT4 if rule.rms is None or rule.mean_abs is None else (rule.rms, rule.mean_abs)
-        rms = root(divide(grouping.total(x * x), n))
-        clip = (rms * fp32(c1) - divide(grouping.total(x.abs()), n) * fp32(c2)) * unit
+        squares, magnitudes = grouping.moments(x, unit)
+        clip = (root(divide(squares, n)) * fp32(c1) - divide(magnitudes, n) * fp32(c2)) * unit
         return divide(torch.where(clip > 0, clip, amax), spec.format.element.max)
+    x = x * spread(divide(1.0, unit), x.shape)  # exact, and squares neither overflow nor vanish
     if rule.spread == "std":
         x = x - spread(divide(tree_sum(x, grouping.block), n), x.shape)
     factor = fp32(QUEST_E2M1 if rule.factor is None else rule.factor)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fp4dist.numerics.moment import Moment
 from fp4dist.spec.formats import Format
 
 
@@ -37,6 +38,7 @@ class Key:
                   them; several where it is as many equal runs, in this order (SwiGLU's first linear: its part of gate,
                   then its part of up; context parallelism: an early and a late piece of the sequence)
     rows, columns the global operand's size; None: as many as the shard has
+    moment        step and micro-batch in device memory, which hold in place of the numbers: in a CUDA graph
     """
 
     seed: int = 0
@@ -49,6 +51,7 @@ class Key:
     column_runs: tuple[int, ...] = (0,)
     rows: int | None = None
     columns: int | None = None
+    moment: Moment | None = field(default=None, compare=False, repr=False)
 
     def second_try(self) -> Key:
         """The key of a second, independent draw."""
@@ -61,7 +64,7 @@ class Key:
     def signs(self) -> Key:
         """The key of the rotation's signs: one per GEMM, so that both operands share it."""
         first_slot = self.slot // 2 * 2  # a GEMM's operands are neighbours in SLOTS
-        return Key(self.seed, self.layer, self.step, self.micro_batch, first_slot, Stream.SIGNS)
+        return Key(self.seed, self.layer, self.step, self.micro_batch, first_slot, Stream.SIGNS, moment=self.moment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class BlockScaledTensor:
     rotation      size n of the Hadamard groups along C, 1 for none; codes then hold the *unnormalized* rotation
     samples       independent draws of the same matrix, side by side in `codes`; scales and shape are those of one
     carrier       the same matrix for GEMMs, if its quantizer wrote one; what changes codes drops it, `pack` leaves it
+    inside        [R, C/8] packed bits, where the quantizer did not clip, if it wrote them (`numerics.estimators.mask`)
 
     Invariant: value = decode(code) * decode(scale) * global_scale / sqrt(rotation), in the rotated basis.
     """
@@ -87,6 +91,7 @@ class BlockScaledTensor:
     rotation: int = 1
     samples: int = 1
     carrier: Carrier | None = field(default=None, compare=False, repr=False)
+    inside: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -116,11 +121,12 @@ class BlockScaledTensor:
             raise ValueError(f"codes with block {self.block} and rotation {self.rotation} cannot be read transposed")
         scales = self.scales.t().contiguous()
         if not self.format.element.packed:
-            return replace(self, codes=self.codes.t().contiguous(), scales=scales, block=self.block[::-1], carrier=None)
+            codes = self.codes.t().contiguous()
+            return replace(self, codes=codes, scales=scales, block=self.block[::-1], carrier=None, inside=None)
         nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(-2).t()
         pairs = nibbles.reshape(nibbles.shape[0], -1, 2)
         codes = pairs[..., 0] | pairs[..., 1] << 4
-        return replace(self, codes=codes, scales=scales, block=self.block[::-1], carrier=None)
+        return replace(self, codes=codes, scales=scales, block=self.block[::-1], carrier=None, inside=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +211,17 @@ class Want(NamedTuple):
     """What a quantizer is to give: codes with scales, or a carrier of a type, or both.
 
     With both, the codes have the carrier at their side (`BlockScaledTensor.carrier`); a carrier alone is a `Carrier`.
+
+    mask     beside codes also the bits of where nothing was clipped, from quantizers that have them
+    memory   [8] int32 that a quantizer may keep between matrices of a slot, zeros at first: results do not depend on it
+    lost     [] int32 that is to become the most elements that an FP8 carrier has lost so far, where it counts them
     """
 
     codes: bool = True
     carrier: torch.dtype | None = None
+    mask: bool = False
+    memory: Tensor | None = None
+    lost: Tensor | None = None
 
 
 CODES = Want()

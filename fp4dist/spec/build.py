@@ -128,7 +128,7 @@ def _dataclass(tp: type, value: Any, path: str) -> Any:
 def _union(args: tuple[Any, ...], value: Any, path: str) -> Any:
     if value is None and NONE in args:
         return None
-    blocks: list[type] = [t for t in args if isinstance(t, type) and "kind" in typing.get_type_hints(t)]
+    blocks: list[type] = [t for t in args if isinstance(t, type) and _is_block(t)]
     tags = {_tag(t): t for t in blocks}
     if tags:
         if isinstance(value, tuple(blocks)):
@@ -150,6 +150,11 @@ def _union(args: tuple[Any, ...], value: Any, path: str) -> Any:
     if value == HIGH_PRECISION and NONE in args and hasattr(target, "SHORTHAND"):
         return None
     return build(target, value, path)
+
+
+def _is_block(tp: type) -> bool:
+    """Whether a class is one of several that their `kind` tells apart: its own has one value."""
+    return len(get_args(typing.get_type_hints(tp).get("kind"))) == 1
 
 
 def _tag(tp: Any) -> str:

@@ -25,7 +25,7 @@ from fp4dist.spec.run import ModelConfig, RunConfig
 Spec = TypeVar("Spec")
 _SECTIONS = {"recipe": "recipes", "model": "models"}  # keys of a run file that may be a bare name -> shipped folder
 # Keys that do not change what is computed: two runs that differ only here are the same run.
-_NOT_IDENTITY = ("logging", "checkpoint", "backend")
+_NOT_IDENTITY = ("logging", "checkpoint", "backend", "monitor")
 _FOLDERS = ("recipes", "models", "runs")
 
 
@@ -52,6 +52,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """Read a recipe by shipped name or by path."""
     file = _find(str(name_or_path), "recipes", None)
     return _build_file(Recipe, _read(file, "recipes"), file)
+
+
+def changed_recipe(name_or_path: str | Path, change: Mapping[str, Any]) -> Recipe:
+    """A recipe with `change` laid over its file, as a file that extends it would."""
+    file = _find(str(name_or_path), "recipes", None)
+    return _build_file(Recipe, _overlay(_read(file, "recipes"), dict(change)), file)
 
 
 def load_model(name_or_path: str | Path) -> ModelConfig:
@@ -116,9 +122,11 @@ _CAME_LATER = {
     "ep": 1,
     "overlap": True,
     "fp4_param_gather": False,
+    "comm": None,
     "deepspeed": {},
     "deterministic": False,
     "fusions": "auto",
+    "cuda_graph": "auto",
     "recompute": "none",
     "recompute_modules": ["mlp"],
     "amax": {"kind": "current"},
@@ -138,6 +146,7 @@ _CAME_LATER = {
     "momentum": 0.9,
     "order": "tp-cp-ep-dp-pp",
     "ends_as_layers": False,
+    "autopilot": None,
 }
 
 

@@ -1,6 +1,6 @@
 """RunConfig: everything one training run needs, as frozen data.
 
-Sections: run, model, data, optim, parallel, engine, train, checkpoint, logging, recipe, backend.
+Sections: run, model, data, optim, parallel, engine, train, checkpoint, logging, recipe, backend, comm.
 Units are in the field comments; sizes are in elements, tokens or samples, never bytes, unless the name says so.
 Cross-field rules that need no torch are checked here, when the object is built; the loader puts the key's path
 in front of the message.
@@ -12,11 +12,13 @@ from dataclasses import field
 from typing import Any, Literal
 
 from fp4dist.spec.cluster import Order
+from fp4dist.spec.communication import CommConfig
 from fp4dist.spec.frozen import frozen
 from fp4dist.spec.phases import GradNoise
 from fp4dist.spec.recipe import Recipe
 from fp4dist.spec.shape import Beyond
 from fp4dist.spec.training import QRamping
+from fp4dist.spec.watching import AutopilotConfig, MonitorConfig, RollBack
 
 
 @frozen
@@ -254,6 +256,7 @@ class TrainConfig:
     dtype: Literal["auto", "bf16", "fp32"] = "bf16"  # of what is not FP4; auto: bf16 on a GPU, fp32 on a CPU
     deterministic: bool = False  # the same bits in every run of a layout: no kernel with atomic sums, no autotuning
     fusions: Literal["auto", "none"] = "auto"  # norm, RoPE, SwiGLU, loss by torch.compile; auto: on GPUs, if it works
+    cuda_graph: Literal["auto", True, False] = "auto"  # of micro-batches; auto: on one GPU, where it can
     recompute: Literal["none", "selective", "full"] = "none"  # of activations in backward; full: every layer
     recompute_modules: tuple[str, ...] = ("mlp",)  # selective: Megatron's names (core_attn, mlp, moe, layernorm ...)
     eval_every: int = 100  # steps; 0: only at the first and last step
@@ -329,9 +332,16 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     backend: BackendConfig = BackendConfig()
+    monitor: MonitorConfig | None = None  # what FP4 does to every linear, looked at now and then; None: never
+    autopilot: AutopilotConfig | None = None  # what acts on trouble; None: nobody
+    comm: CommConfig | None = None  # what travels compressed between ranks; None: nothing beyond the recipe's gathers
 
     def __post_init__(self) -> None:
         _check_buildable(self.model)
+        _check_autopilot(self.autopilot, self.checkpoint)
+        if self.comm is not None:
+            _check_comm(self.comm, self.parallel, self.model)
+            _check_param_gather(self.comm, self.engine, self.optim, self.recipe)
         _check_tensor_parallel(self.model, self.parallel)
         _check_chunks(self.model, self.parallel)
         if self.optim.warmup_steps >= self.train.steps:
@@ -359,6 +369,49 @@ def _check_buildable(model: ModelConfig) -> None:
         raise ValueError(
             f"model.beyond: {model.name} has blocks beyond a Llama-style decoder (MLA, Mamba, latent experts ...) that"
             " only `python -m fp4dist.cluster` knows; plan with it, and train a model without `beyond`"
+        )
+
+
+def _check_autopilot(autopilot: AutopilotConfig | None, checkpoints: CheckpointConfig) -> None:
+    """Going back needs something to go back to."""
+    goes_back = autopilot is not None and any(isinstance(rule.do, RollBack) for rule in autopilot.rules)
+    if autopilot is not None and autopilot.mode == "act" and goes_back and not checkpoints.every:
+        raise ValueError("autopilot.mode = act rolls back to checkpoints, and there are none: set checkpoint.every")
+
+
+def _check_comm(comm: CommConfig, parallel: ParallelConfig, model: ModelConfig) -> None:
+    """A direction that the layout does not have would be asked for in vain."""
+    needs = {
+        "sp_reduce_scatter": (parallel.sequence_parallel, "parallel.sequence_parallel: true"),
+        "pp_forward": (parallel.pp > 1, "parallel.pp above 1"),
+        "pp_backward": (parallel.pp > 1, "parallel.pp above 1"),
+        "ep_dispatch": (parallel.ep > 1, "parallel.ep above 1"),
+        "ep_combine": (parallel.ep > 1, "parallel.ep above 1"),
+    }
+    for direction, (there, need) in needs.items():
+        if comm.wire(direction) is not None and not there:
+            raise ValueError(f"comm.{direction}: this run has no such traffic, it needs {need}; leave it out")
+    if comm.ep_dispatch is not None and model.moe is not None and model.moe.dispatcher != "alltoall":
+        raise ValueError("comm.ep_dispatch needs model.moe.dispatcher: alltoall; the other one gathers all tokens")
+
+
+def _check_param_gather(comm: CommConfig, engine: EngineConfig, optim: OptimConfig, recipe: Recipe) -> None:
+    """It stands between a sharded optimizer and the weights."""
+    if comm.wire("param_gather") is None:
+        return
+    if optim.kind != "adamw" if engine.kind == "megatron" else engine.zero_stage not in (1, 2):
+        raise ValueError(
+            "comm.param_gather sends the changes of weights that ranks update slices of: it needs engine.kind: megatron"
+            " with optim.kind: adamw, or engine.kind: deepspeed with zero_stage 1 or 2"
+        )
+    if engine.fp4_param_gather:
+        raise ValueError(
+            "comm.param_gather sends changes of weights, engine.fp4_param_gather the weights' codes: choose one"
+        )
+    if recipe.watches_weights or recipe.weights:
+        raise ValueError(
+            f"comm.param_gather: recipe {recipe.name} acts on weights around the optimizer's step, and a rank's weights"
+            " are not the optimizer's own there: leave it out"
         )
 
 

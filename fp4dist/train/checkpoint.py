@@ -281,9 +281,16 @@ class Store:
         found = self.all()
         return found[-1][0] if found else None
 
-    def last_good(self) -> Path | None:
-        """The newest checkpoint whose last step was finite."""
-        good = [folder for folder, manifest in self.all() if manifest.good]
+    def last_good(self, before: int | None = None, every: int = 1) -> Path | None:
+        """The newest checkpoint whose last step was finite.
+
+        before   the last step that it may be of;  every   multiples of this alone: none that an interruption left
+        """
+        good = [
+            folder
+            for folder, manifest in self.all()
+            if manifest.good and (before is None or manifest.step <= before) and manifest.step % every == 0
+        ]
         return good[-1] if good else None
 
     def _retain(self, step: int, keep: int) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -317,10 +317,12 @@ def train_iterator(
     consumed_samples: int = 0,
     cp_rank: int = 0,
     cp_size: int = 1,
-) -> Iterator[Batch]:
+    shift: int = 0,
+) -> Generator[Batch]:
     """The micro-batches of one data-parallel rank, from sample `consumed_samples` of the run to its last step.
 
     consumed_samples    of all ranks together: step * global_batch_size
+    shift               samples that were left out so far: so much later ones are read; after the last come the first
     cp_rank, cp_size    place in the context-parallel group: this rank's pieces of the samples
     """
     _check_divides(config, dp_size)
@@ -334,7 +336,7 @@ def train_iterator(
     starts = range(consumed_samples + dp_rank * micro, total, micro * dp_size)
     loader: DataLoader[Any] = DataLoader(
         datasets.train,
-        batch_sampler=_MicroBatches(starts, micro),
+        batch_sampler=_MicroBatches([(start + shift) % total for start in starts] if shift else starts, micro),
         num_workers=config.data.num_workers,
         collate_fn=_collate,
         generator=torch.Generator(),  # DataLoader draws a seed: not from the run's own random numbers
@@ -342,7 +344,7 @@ def train_iterator(
     return _read_ahead(own_pieces(batch, cp_rank, cp_size) for batch in loader)
 
 
-def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
     """The same batches, each read by a thread while the one before it is in use: a device need not wait for them."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
         coming = reader.submit(next, batches, None)
@@ -355,7 +357,7 @@ def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 class _MicroBatches:
     """Sample numbers of each micro-batch, as DataLoader's batch_sampler."""
 
-    starts: range
+    starts: Sequence[int]
     size: int
 
     def __len__(self) -> int:

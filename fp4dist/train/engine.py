@@ -7,7 +7,8 @@ average gradients over micro-batches and data-parallel ranks, so that in fp32 th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol, cast
@@ -16,9 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fp4dist.comm.compression import Compression, StepTraffic
 from fp4dist.megatron.upstream import parallel_state
 from fp4dist.nn.triage import Triage
 from fp4dist.train.data import Batch
+
+Watching = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,8 @@ class StepResult:
     lr          learning rate of this step
     lost        elements that FP8 carriers could not hold (`AppliedRecipe.lost`)
     inexact     skipped for those alone (backend.strict_exact)
+    traffic     what a `comm:` section has sent in this step
+    refused     skipped because `Engine.judge` said so
     """
 
     loss: float
@@ -41,12 +47,16 @@ class StepResult:
     lr: float
     lost: int = 0
     inexact: bool = False
+    traffic: StepTraffic | None = None
+    refused: bool = False
 
 
 class Engine(Protocol):
     """A model with its optimizer, ready to train."""
 
     optimizer_name: str
+    compression: Compression | None  # of the run's `comm:` section
+    judge: Callable[[float, float | None], bool] | None  # (loss, gradient norm if known): whether to skip a finite step
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """Run optimizer step number `step` (from 1) on this rank's next micro-batches."""
@@ -65,6 +75,12 @@ class Engine(Protocol):
     def probe(self, batches: Iterator[Batch]) -> float:
         """|g| / |g_q - g| on one micro-batch, the first of `batches`, run with high-precision and with quantized
         backward operands; equal on every rank, nothing is updated. The clock must show the step that comes next.
+        """
+        ...
+
+    def observe(self, batches: Iterator[Batch], watching: Watching, noise: bool) -> float | None:
+        """`watching()` around the quantized passes of one micro-batch, the first of `batches`, run aside; nothing is
+        updated. Returns what `probe` does; None without `noise`, and from an engine that runs forward passes alone.
         """
         ...
 

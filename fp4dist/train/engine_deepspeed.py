@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
+from fp4dist.comm.compression import StepTraffic
 from fp4dist.errors import CheckpointError, ConfigError
 from fp4dist.megatron.chunks import layer_offset
 from fp4dist.megatron.provider import tp_partial_parameters
@@ -36,7 +37,9 @@ from fp4dist.nn.triage import Triage, triage
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
 from fp4dist.train.checkpoint import UNIVERSAL, random_states, restore_random_states
+from fp4dist.train.communication import code_activations, make_compression
 from fp4dist.train.data import Batch
+from fp4dist.train.deepspeed_gather import CodedZeroGather
 from fp4dist.train.deepspeed_parameters import (
     StageParameters,
     counted_parameters,
@@ -46,11 +49,13 @@ from fp4dist.train.deepspeed_parameters import (
     tied_embedding,
     universal_info,
 )
+from fp4dist.train.deepspeed_reduce import CodedZeroReduce
 from fp4dist.train.deepspeed_settings import clips_itself, flattened, make_settings
 from fp4dist.train.engine import (
     OnItsWay,
     ReplicaWatch,
     StepResult,
+    Watching,
     finite,
     global_mean,
     masked_mean,
@@ -58,6 +63,7 @@ from fp4dist.train.engine import (
     replicas,
     sequence_parts,
 )
+from fp4dist.train.graphs import wanted
 from fp4dist.train.optimizer_shards import deepspeed_control, lend_gradients
 from fp4dist.train.schedule import PipelineSchedule
 from fp4dist.train.world import World
@@ -124,10 +130,16 @@ class DeepSpeedEngine:
     ) -> None:
         _check_experts(config)
         self.config, self.world, self.applied = config, world, applied
+        log.info("micro-batches as CUDA graphs: no (%s)", wanted(config, world, applied)[1])
         self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * world.dp_size)
+        self.judge: Callable[[float, float | None], bool] | None = None
         self._group, self._parts = replicas(), sequence_parts()
         self._stages = [chunk.to(world.device) for chunk in chunks]
-        self._pipeline = PipelineSchedule(config, world, self._stages, applied) if config.parallel.pp > 1 else None
+        self.compression, self._told = make_compression(config), False
+        self._delta: CodedZeroGather | None = None
+        self._pipeline = None
+        if config.parallel.pp > 1:
+            self._pipeline = PipelineSchedule(config, world, self._stages, applied, self.compression)
         self._tied = tied_embedding(self._stages)
         module = StageParameters(self._stages) if self._pipeline else self._stages[0]
         for chunk in self._stages:
@@ -151,6 +163,13 @@ class DeepSpeedEngine:
         self._noted: OnItsWay | None = None
         if not self._clips:
             self._adamw.entered = self._note_norm
+        if self.compression is not None:
+            if "grad_reduce" in self.compression.config.active:
+                CodedZeroReduce(self._engine, self._optimizer, module, self.compression, self._group)
+            if "param_gather" in self.compression.config.active:
+                self._delta = CodedZeroGather(self._optimizer, module, self.compression)
+            code_activations(config, world, chunks, applied, self.compression, dtype)
+            self.compression.confirm()
         self._control: OptimizerControl | None = None
         if config.recipe.steers_optimizer:
             self._control = self._attach_control()
@@ -160,15 +179,26 @@ class DeepSpeedEngine:
     def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """Forward and backward over this rank's micro-batches, then the update, unless something is not finite."""
         self._set_training(True)
+        if self.compression is not None:
+            self.compression.begin_step(self.applied.clock.step)
         lr = optim.place_schedule(self._schedule, step)
         mean, tokens = self._accumulate(batches) if self._pipeline is None else self._accumulate_pipeline(batches)
         lost = self.applied.lost()
         inexact = lost > 0 and self.config.backend.strict_exact
-        norm, skipped = self._update(finite(mean) and not inexact)
+        refused = finite(mean) and not inexact and self.judge is not None and self.judge(mean, None)
+        norm, skipped = self._update(finite(mean) and not inexact and not refused)
         inexact = inexact and finite(mean, norm)
         return StepResult(
-            loss=mean, grad_norm=norm, skipped=skipped, tokens=tokens, lr=lr, lost=lost, inexact=inexact
-        )  # fmt: skip
+            loss=mean,
+            grad_norm=norm,
+            skipped=skipped,
+            tokens=tokens,
+            lr=lr,
+            lost=lost,
+            inexact=inexact,
+            refused=refused,
+            traffic=self._finish_traffic(skipped) if self.compression is not None else None,
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> float:
@@ -202,6 +232,11 @@ class DeepSpeedEngine:
             " engine.kind: megatron, or give the phase a step"
         )
 
+    def observe(self, batches: Iterator[Batch], watching: Watching, noise: bool) -> None:
+        """See `Engine.observe`: a forward pass alone, because ZeRO reduces gradients inside of backward."""
+        with self.applied.aside(), watching():
+            self.evaluate(islice(batches, 1 if self._pipeline is None else self._micro_batches))
+
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's own checkpoint files, with the random states and what a universal checkpoint needs."""
         if self._control is not None:
@@ -217,7 +252,8 @@ class DeepSpeedEngine:
         sharded = self.config.engine.zero_stage == 3 and self.config.parallel.tp > 1
         universal = (folder / UNIVERSAL).is_dir() and not sharded
         own = optim.own_settings(self._optimizer.param_groups)
-        with self._reading_universal(universal):
+        whole = self._delta.loading() if self._delta is not None else contextlib.nullcontext()
+        with whole, self._reading_universal(universal):
             path, client = self._engine.load_checkpoint(
                 str(folder),
                 tag=UNIVERSAL if universal else _TAG,
@@ -239,8 +275,18 @@ class DeepSpeedEngine:
         optim.place_schedule(self._schedule, step)
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks."""
+        """Remove DeepSpeed's hooks, and ours in it."""
+        if self._delta is not None:
+            self._delta.close()
         self._engine.destroy()
+
+    def _finish_traffic(self, skipped: bool) -> StepTraffic:
+        """End the step of the `comm:` section; after the first one it is known which buckets there are."""
+        assert self.compression is not None
+        if not self._told:
+            log.info("%s", self.compression.confirm(self._group))
+            self._told = True
+        return self.compression.finish_step(skipped=skipped)
 
     def _accumulate(self, batches: Iterator[Batch]) -> tuple[float, int]:
         """Gradients of a step through DeepSpeed's forward and backward; (mean loss, tokens)."""

@@ -7,7 +7,9 @@ Experts have buffers and an optimizer of their own, over the ranks that hold the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +29,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from fp4dist.errors import CheckpointError, ConfigError
 from fp4dist.megatron.chunks import layer_offset
+from fp4dist.megatron.gradient_reduce import CodedGradientReduce
 from fp4dist.megatron.multi_tensor import use_foreach
+from fp4dist.megatron.param_delta import CodedParamGather
 from fp4dist.megatron.param_gather import Fp4ParamGather
 from fp4dist.megatron.upstream import GPTModel, parallel_state
 from fp4dist.nn.apply import AppliedRecipe
@@ -36,8 +40,10 @@ from fp4dist.nn.triage import Triage, triage
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
 from fp4dist.train.checkpoint import random_states, restore_random_states, vet_torch_dist
+from fp4dist.train.communication import code_activations, make_compression
 from fp4dist.train.data import Batch
-from fp4dist.train.engine import ReplicaWatch, StepResult, finite, replicas
+from fp4dist.train.engine import ReplicaWatch, StepResult, Watching, finite, replicas
+from fp4dist.train.graphs import GraphedSchedule, record_on, wanted
 from fp4dist.train.noise import NoiseProbe
 from fp4dist.train.optimizer_shards import (
     already_stepped,
@@ -62,20 +68,41 @@ class MegatronEngine:
         self.config, self.world, self.applied = config, world, applied
         self._micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * world.dp_size)
         self._watches = [ReplicaWatch(chunk) for chunk in chunks]
-        overlap = config.engine.overlap and _replicated(config, world)
+        graphed, self._why = wanted(config, world, applied)
+        log.info("micro-batches as CUDA graphs: %s (%s)", "yes" if graphed else "no", self._why)
+        overlap = config.engine.overlap and _replicated(config, world) and not graphed
         self._sharded = config.optim.kind == "adamw"  # Megatron's DistributedOptimizer takes no other
         at_once = config.recipe.watches_weights
         self._overlap = overlap and self._sharded and not at_once  # gather weights in the next forward pass
         if overlap and at_once:
             log.info("engine.overlap: not of the gather, recipe %s looks at new weights at once", config.recipe.name)
-        self._chunks = _wrap(chunks, world, overlap_reduce=overlap, overlap_gather=self._overlap, sharded=self._sharded)
+        stream = torch.cuda.Stream(world.device) if graphed else None
+        with _on(stream):  # gradients are accumulated on the stream on which DDP asks for them first
+            self._chunks = _wrap(
+                chunks, world, overlap_reduce=overlap, overlap_gather=self._overlap, sharded=self._sharded
+            )
         use_foreach()
+        self.compression, self._delta = make_compression(config), None
+        if self.compression is not None:
+            if "grad_reduce" in self.compression.config.active:
+                CodedGradientReduce(self._chunks, self.compression)
+            if "param_gather" in self.compression.config.active:
+                self._delta = CodedParamGather(self._chunks, self.compression)
+            code_activations(config, world, chunks, applied, self.compression, dtype)
         self._optimizer = _make_optimizer(self._chunks, config, dtype, overlap=self._overlap)
         self._control: OptimizerControl | None = None
         if config.recipe.steers_optimizer:
             self._control = megatron_control(self._optimizer, chunks, applied, config.train.steps)
         self._learning_rate = optim.make_schedule(self._optimizer, config, applied.phases)
-        self._schedule = PipelineSchedule(config, world, self._chunks, applied)
+        self._schedule = PipelineSchedule(config, world, self._chunks, applied, self.compression)
+        if self.compression is not None:
+            log.info("%s", self.compression.confirm(replicas()))
+        self._graphs: GraphedSchedule | None = None
+        if stream is not None:
+            strict = config.train.cuda_graph is True
+            self._graphs = GraphedSchedule(self._schedule, applied, world, record_on(stream), strict=strict)
+        self.judge: Callable[[float, float | None], bool] | None = None
+        self.host_seconds = 0.0  # until forward and backward of the last step were launched
         self._gather = Fp4ParamGather(self._chunks, applied) if config.engine.fp4_param_gather else None
         if self._gather is not None:
             log.info("%s", self._gather.report())
@@ -89,8 +116,15 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        if self.compression is not None:
+            self.compression.begin_step(self.applied.clock.step)
         lr = optim.place_schedule(self._learning_rate, step)
-        sums = self._schedule.run(batches, 0, self._micro_batches, forward_only=False)
+        begin = time.perf_counter()
+        if self._graphs is not None:
+            sums = self._graphs.run(batches, self._micro_batches)
+        else:
+            sums = self._schedule.run(batches, 0, self._micro_batches, forward_only=False)
+        self.host_seconds = time.perf_counter() - begin
         self._optimizer.prepare_grads()  # work of the host while the device is still in backward
         norm = float(self._optimizer.get_grad_norm())  # the first to wait for the device
         loss, tokens = self._schedule.global_mean(sums)
@@ -100,13 +134,32 @@ class MegatronEngine:
             skipped = self.world.any(any(found) or skipped)
         lost = self.applied.lost()
         inexact = lost > 0 and self.config.backend.strict_exact and not skipped
-        if skipped or inexact:
+        refused = not (skipped or inexact) and self.judge is not None and self.judge(loss, norm)
+        if skipped or inexact or refused:
             self._optimizer.zero_grad()
         else:
             self._update(norm)
+        skipped = skipped or inexact or refused
         return StepResult(
-            loss=loss, grad_norm=norm, skipped=skipped or inexact, tokens=tokens, lr=lr, lost=lost, inexact=inexact
+            loss=loss,
+            grad_norm=norm,
+            skipped=skipped,
+            tokens=tokens,
+            lr=lr,
+            lost=lost,
+            inexact=inexact,
+            refused=refused,
+            traffic=self.compression.finish_step(skipped=skipped) if self.compression is not None else None,
         )
+
+    @property
+    def graphs(self) -> str:
+        """Whether micro-batches are replayed as CUDA graphs, for people."""
+        if self._graphs is None:
+            return f"eager ({self._why})"
+        if self._graphs.failure is not None:
+            return f"eager (recording failed: {self._graphs.failure})"
+        return f"CUDA graphs ({self._graphs.replays} micro-batches so far)"
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> float:
@@ -137,14 +190,20 @@ class MegatronEngine:
 
     def probe(self, batches: Iterator[Batch]) -> float:
         """See `Engine.probe`."""
+        ratio = self.observe(batches, nullcontext, True)
+        assert ratio is not None
+        return ratio
+
+    def observe(self, batches: Iterator[Batch], watching: Watching, noise: bool) -> float | None:
+        """See `Engine.observe`."""
         for chunk in self._chunks:
             chunk.train()
         ratio = NoiseProbe(
             self.config, self.world, self._chunks, self._optimizer, self._schedule, self.applied
-        ).measure(batches)
+        ).measure(batches, watching, compare=noise)
         for watch in self._watches:
             watch.found_bad()  # forget what it saw now
-        return ratio
+        return ratio if noise else None
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer and random states with dist_checkpointing."""
@@ -178,6 +237,8 @@ class MegatronEngine:
                     control.shards.scatter(key, state["control"][key])
                 control.after_load()
         optim.restore_settings(self._optimizer.param_groups, own)
+        if self._delta is not None:
+            self._delta.after_load()
         if same_layout:
             restore_random_states(state["random"])
         else:
@@ -201,6 +262,8 @@ class MegatronEngine:
         What the recipe does to gradients comes before clipping, which then goes by the norm of what that has made.
         """
         limit, control, step = self.config.optim.clip_grad, self._control, self.applied.clock.step
+        if self._delta is not None:
+            self._delta.before_update()
         if control is not None:
             control.before_step(step)
             norm = float(self._optimizer.get_grad_norm()) if limit > 0 else norm
@@ -281,6 +344,18 @@ class MegatronEngine:
         if p.ep > 1:
             shape, place, replica = (*shape, dist.get_world_size(replicas())), (*place, replica), 0
         return ShardedObject("random", random_states(), shape, place, replica_id=replica)
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Inside, work goes to `stream`, which takes its turn before and after; None: where it went anyway."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def _replicated(config: RunConfig, world: World) -> bool:

@@ -3,7 +3,9 @@
 config.resolved.yaml   the configuration with every default filled in; its first line holds its hash
 layers.json            every linear with its formats
 metrics.jsonl          one object a line; tensorboard/ the same for TensorBoard
-curves.png             the same as a picture
+curves.png             the same as a picture;  report.html   with what the monitor saw and the autopilot did
+monitor.jsonl          see monitor.py;  autopilot.jsonl   see autopilot.py
+metrics.undone.jsonl   lines of steps that were undone by going back to a checkpoint
 checkpoints/           see checkpoint.py
 phases/                phases that were asked for by hand, see phase.py
 """
@@ -37,6 +39,9 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.phases = path / "phases"
+        self.monitor = path / "monitor.jsonl"
+        self.autopilot = path / "autopilot.jsonl"
+        self.undone = path / "metrics.undone.jsonl"
 
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError when the folder holds a run of another configuration. Changes nothing."""
@@ -74,7 +79,7 @@ def _differences(there: Any, here: Any) -> str:
     found = [
         f"{k}: {a} -> {b}"
         for k, a, b in _walk("", there, here)
-        if not k.startswith(("logging.", "checkpoint.", "backend."))
+        if not k.startswith(("logging.", "checkpoint.", "backend.", "monitor"))
     ]
     if not found:
         return ""

@@ -19,9 +19,10 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from fp4dist import env
+from fp4dist.comm.compression import closing_words
 from fp4dist.errors import CheckpointError, ConfigError, TrainingDiverged
 from fp4dist.megatron import fusions
 from fp4dist.megatron.chunks import layer_offset
@@ -40,14 +42,26 @@ from fp4dist.spec.build import plain
 from fp4dist.spec.load import config_hash, dump
 from fp4dist.spec.phases import Manual
 from fp4dist.spec.run import RunConfig
-from fp4dist.train import checkpoint, data, memory
+from fp4dist.spec.watching import RollBack
+from fp4dist.train import checkpoint, communication, data, memory
+from fp4dist.train.autopilot import Action
 from fp4dist.train.checkpoint import Manifest, Store
-from fp4dist.train.engine import Engine, StepResult
+from fp4dist.train.engine import Engine, StepResult, Watching
 from fp4dist.train.folder import RunFolder
-from fp4dist.train.metrics import ConsoleSink, JsonlSink, Record, Sink, TensorboardSink, WandbSink, peak_tflops
+from fp4dist.train.metrics import (
+    ConsoleSink,
+    JsonlSink,
+    Record,
+    Sink,
+    TensorboardSink,
+    WandbSink,
+    peak_tflops,
+    read_lines,
+)
 from fp4dist.train.packages import check_packages, versions
 from fp4dist.train.phase import Requests
 from fp4dist.train.plots import draw_curves
+from fp4dist.train.watcher import Watcher
 from fp4dist.train.world import World, check_sizes, open_world
 
 log = logging.getLogger("fp4dist")
@@ -184,16 +198,19 @@ class _Training:
             self._streak, self._skipped = start.manifest.nonfinite_streak, start.manifest.skipped_steps
         self.datasets = self._datasets()
         self.engine, self.applied = build_engine(config, world)
+        self._watcher = Watcher(config, world, self.applied, self.engine, self.folder)
         self._load(start)
         world.from_rank0(lambda: self._open_folder(start))
+        self._watcher.open(start.step if start.manifest is not None else -1)
         with self._watching_for_sigterm():
             done, loss = self._train(start)
         return self._finish(done, loss)
 
     def close(self) -> None:
         """Close files and engine, whatever happened."""
-        for sink in self.sinks:
-            sink.close()
+        self._close_sinks()
+        if self.engine is not None:
+            self._watcher.close()
         if self.engine is not None:
             self.engine.close()
 
@@ -236,6 +253,8 @@ class _Training:
             same = same and (m.dp, m.cp) == (self.world.dp_size, p.cp)
         self.engine.load(start.folder / checkpoint.STATE, step=m.step, same_layout=same)
         self._load_kept(start.folder, m)
+        communication.load(self.engine.compression, start.folder / checkpoint.STATE)
+        self._watcher.load(start.folder)
         self.applied.drop_caches()
         log.info("continuing from %s: step %d of %d", start.folder, m.step, self.config.train.steps)
         if m.recipe_hash != checkpoint.recipe_hash(self.config.recipe):
@@ -266,12 +285,7 @@ class _Training:
         folder.claim(config)
         layers = {**self.applied.to_json(), "fusions": fusions.choose(config).describe()}
         folder.layers.write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
-        resume_at = start.step if start.manifest is not None else -1
-        self.sinks = [ConsoleSink(config.logging.every, config.train.steps), JsonlSink(folder.metrics, resume_at)]
-        if config.logging.tensorboard:
-            self.sinks.append(TensorboardSink(folder.tensorboard, resume_at))
-        if config.logging.wandb:
-            self.sinks.append(WandbSink(folder.path, config, plain(config)))
+        self._open_sinks(start.step if start.manifest is not None else -1)
         assert self.engine is not None
         log.info("run folder %s, config hash %s", folder.path, config_hash(config))
         log.info(
@@ -286,6 +300,18 @@ class _Training:
                     "phase %s starts at step %d, which the run of %d steps does not reach",
                     late.phase, late.step, config.train.steps,
                 )  # fmt: skip
+
+    def _open_sinks(self, resume_at: int) -> None:
+        config, folder = self.config, self.folder
+        self.sinks = [ConsoleSink(config.logging.every, config.train.steps), JsonlSink(folder.metrics, resume_at)]
+        if config.logging.tensorboard:
+            self.sinks.append(TensorboardSink(folder.tensorboard, resume_at))
+        if config.logging.wandb:
+            self.sinks.append(WandbSink(folder.path, config, plain(config)))
+
+    def _close_sinks(self) -> None:
+        for sink in self.sinks:
+            sink.close()
 
     @contextmanager
     def _watching_for_sigterm(self) -> Iterator[None]:
@@ -314,19 +340,23 @@ class _Training:
         if start >= min(steps, stop_after or steps):
             log.info("nothing to do: step %d is behind the run already", start)
             return start, None
-        consumed = start * config.train.global_batch_size
-        batches = data.train_iterator(self.datasets, config, consumed_samples=consumed, **self._place())
+        batches = self._batches(start)
         loss, step = None, start
-        for step in range(start + 1, steps + 1):
+        while step < steps:
+            step += 1
             result, seconds = self._step(step, batches, check=step == start + 1)
             loss = result.loss
             self._count_nonfinite(step, result)
-            if self._streak == 1 and not result.inexact:
+            if self._streak == 1 and result.skipped and not (result.inexact or result.refused):
                 self._explain_skip(step)
+            action = self._watcher.after_step(result)
             evaluate = step == steps or (config.train.eval_every > 0 and step % config.train.eval_every == 0)
             self._emit(self._record(step, result, seconds, self._evaluate(step) if evaluate else None))
             stop = world.any(self._signalled) or (stop_after is not None and step >= stop_after)
-            if stop or step == steps or (config.checkpoint.every > 0 and step % config.checkpoint.every == 0):
+            if action is not None and (back := self._go_back(action, step)) is not None:
+                batches.close()
+                step, batches = back, self._batches(back)
+            elif stop or step == steps or self._watcher.may_save(step, config.checkpoint.every):
                 self._save(step)
             self._stop_if_diverged(step)
             if stop:
@@ -338,11 +368,18 @@ class _Training:
         assert self.engine is not None
         self._set_clock(step - 1)
         noise = self._follow_triggers(step - 1)
+        self._watcher.before_step(step, partial(self._observe, step - 1))
         result, seconds = timed_step(self.engine, self.applied, step, batches)
         if check:
             self.applied.check_counts()
         self._noise = noise
         return result, seconds
+
+    def _observe(self, updates: int, watching: Watching) -> float | None:
+        """The monitor's look at the first micro-batch of the step to come."""
+        assert self.engine is not None
+        assert self.config.monitor is not None
+        return self.engine.observe(self._batches(updates), watching, self.config.monitor.noise)
 
     def _evaluate(self, step: int) -> float | None:
         """Validation loss of the weights after `step` updates; None when train.eval_samples is 0."""
@@ -353,6 +390,39 @@ class _Training:
         loss = self.engine.evaluate(data.valid_batches(self.datasets, self.config, **self._place()))
         self._val_losses.append((step, loss))
         return loss
+
+    def _batches(self, updates: int) -> Generator[data.Batch]:
+        """This rank's micro-batches from the step on that follows `updates`."""
+        consumed = updates * self.config.train.global_batch_size
+        return data.train_iterator(
+            self.datasets, self.config, consumed_samples=consumed, shift=self._watcher.shift, **self._place()
+        )
+
+    def _go_back(self, action: Action, step: int) -> int | None:
+        """Do what the autopilot wants done after `step`; the step to go on from where that is an earlier one."""
+        if not isinstance(action.do, RollBack):
+            return None
+        every = self.config.checkpoint.every  # the same checkpoint whether the run was interrupted or not
+        found = self.world.from_rank0(lambda: self.store.last_good(action.before, every))
+        if found is None:
+            self._watcher.cannot(action, f"no good checkpoint of step {action.before} or before")
+            return None
+        manifest = checkpoint.read_manifest(found)
+        self._load(_Start(found, manifest, own=True))
+        self._watcher.went_back(action.do, manifest.step, step, found)
+        self._streak = 0
+        self.world.from_rank0(lambda: self._undo_lines(manifest.step))
+        self._set_clock(manifest.step)
+        self._save(manifest.step)  # what the autopilot knows now belongs to these weights
+        return manifest.step
+
+    def _undo_lines(self, step: int) -> None:
+        """Rank 0: move the lines of later steps out of metrics.jsonl."""
+        self._close_sinks()
+        undone = [line for line in read_lines(self.folder.metrics) if line["step"] > step]
+        with self.folder.undone.open("a", encoding="utf-8") as f:
+            f.writelines(json.dumps(line) + "\n" for line in undone)
+        self._open_sinks(step)
 
     def _place(self) -> dict[str, int]:
         """Whose samples and which pieces of them this process reads."""
@@ -386,15 +456,14 @@ class _Training:
     def _probe(self, updates: int) -> float:
         """The gradient over its quantization noise, on the first micro-batch of the step to come."""
         assert self.engine is not None
-        consumed = updates * self.config.train.global_batch_size
-        ratio = self.engine.probe(
-            data.train_iterator(self.datasets, self.config, consumed_samples=consumed, **self._place())
-        )
+        ratio = self.engine.probe(self._batches(updates))
         log.info("step %d: the gradient is %.3f times its quantization noise", updates, ratio)
         return ratio
 
     def _count_nonfinite(self, step: int, result: StepResult) -> None:
         self._skipped += result.skipped
+        if result.refused:
+            return
         if result.inexact:
             log.warning("step %d: %d elements did not fit FP8 carriers: skipped (strict_exact)", step, result.lost)
             return
@@ -408,11 +477,9 @@ class _Training:
     def _explain_skip(self, step: int) -> None:
         """Log which module and operand was the first that was not finite: the step's micro-batches run once more."""
         assert self.engine is not None
-        config, world = self.config, self.world
-        consumed = (step - 1) * config.train.global_batch_size
+        world = self.world
         self._set_clock(step - 1)
-        batches = data.train_iterator(self.datasets, config, consumed_samples=consumed, **self._place())
-        found = self.engine.retrace(batches)
+        found = self.engine.retrace(self._batches(step - 1))
         everyone: list[Any] = [None] * world.size
         dist.all_gather_object(everyone, found)
         for line in explain(everyone, step).splitlines():
@@ -438,6 +505,8 @@ class _Training:
         self._speeds.append(speed)
         tflops = self._flops * speed / self.world.size / 1e12
         started = [start for start in self.applied.phases.running() if start.step == step - 1]
+        _tell(result.traffic.messages if result.traffic is not None else ())
+        sent, canaries = communication.told(result.traffic)
         return Record(
             step=step,
             loss=result.loss,
@@ -453,6 +522,11 @@ class _Training:
             inexact=result.inexact,
             grad_noise=self._noise,
             phase="; ".join(f"{s.phase}: {s.reason}" for s in started) or None,
+            refused=result.refused,
+            autopilot="; ".join(self._watcher.news()) or None,
+            bytes_sent=sent,
+            canary=canaries,
+            fallback="; ".join(result.traffic.fallbacks) or None if result.traffic is not None else None,
         )
 
     def _emit(self, record: Record) -> None:
@@ -468,9 +542,11 @@ class _Training:
         )
         state = world.from_rank0(lambda: self.store.begin(step))
         self.engine.save(state)
+        communication.save(self.engine.compression, state)
         if config.recipe.keeps_state or (self.applied.exactness is not None and self.applied.exactness.fallen):
             kept = self.applied.state_dict()  # on every rank, and the same there
             world.from_rank0(lambda: checkpoint.write_controllers(state, kept))
+        world.from_rank0(lambda: self._watcher.save(state.parent))
         world.barrier()
         published = world.from_rank0(lambda: self.store.publish(manifest, config.checkpoint.keep))
         log.info("step %d: saved %s", step, published)
@@ -495,7 +571,9 @@ class _Training:
             skipped_steps=self._skipped,
             checkpoint=self.world.from_rank0(self.store.newest),
         )
-        for line in _closing_words(summary, self.applied):
+        assert self.engine is not None
+        sent = closing_words(self.engine.compression.ledger) if self.engine.compression is not None else []
+        for line in [*_closing_words(summary, self.applied), *sent]:
             log.info("%s", line)
         return summary
 

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,9 @@ _PEAK_TFLOPS = {
 }
 
 
+_NESTED = ("bytes_sent", "canary")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """What is known after a step; None where it does not apply.
@@ -57,6 +61,11 @@ class Record:
     lost: int | None = None  # elements that FP8 carriers could not hold; only where there are any
     inexact: bool = False  # skipped for those alone
     phase: str | None = None  # the phases that started with this step, each with its reason
+    refused: bool = False  # skipped because the autopilot said so
+    autopilot: str | None = None  # what the autopilot did or advised, each with its cause
+    bytes_sent: dict[str, dict[str, int]] | None = None  # of rank 0: direction -> coded, exact, plain, extra
+    fallback: str | None = None  # buckets that leave their wire after this step, each with the reason
+    canary: list[dict[str, Any]] | None = None  # reductions that were run both ways, see fp4dist.comm.canary
 
     def to_json(self) -> dict[str, Any]:
         """Known fields; non-finite numbers as null."""
@@ -118,8 +127,10 @@ class TensorboardSink:
         for name, value in record.to_json().items():
             if isinstance(value, str):
                 self._writer.add_text(_tag(name), value, record.step)
-            elif name != "step" and value is not None:
+            elif name not in ("step", *_NESTED) and value is not None:
                 self._writer.add_scalar(_tag(name), float(value), record.step)
+        for name, value in wire_scalars(record):
+            self._writer.add_scalar(name, value, record.step)
 
     def close(self) -> None:
         """Flush and close."""
@@ -146,8 +157,8 @@ class WandbSink:
 
     def write(self, record: Record) -> None:
         """One log call a record."""
-        values = {_tag(k): v for k, v in record.to_json().items() if k != "step" and v is not None}
-        self._run.log(values, step=record.step)
+        values = {_tag(k): v for k, v in record.to_json().items() if k not in ("step", *_NESTED) and v is not None}
+        self._run.log(values | dict(wire_scalars(record)), step=record.step)
 
     def close(self) -> None:
         """Finish the run."""
@@ -185,8 +196,20 @@ class ConsoleSink:
             parts.append(f"validation loss {r.val_loss:.4f}")
         if r.skipped:
             why = f"{r.lost} elements did not fit FP8 carriers" if r.inexact else "loss or gradient is not finite"
+            why = "refused by the autopilot" if r.refused else why
             parts.append(f"SKIPPED: {why}")
         return " | ".join(parts)
+
+
+def wire_scalars(record: Record) -> Iterator[tuple[str, float]]:
+    """(tag, value) of what a `comm:` section sent in a step and of its canaries."""
+    for direction, account in (record.bytes_sent or {}).items():
+        for name, count in account.items():
+            yield f"wire/{direction}/{name}_bytes", float(count)
+    for finding in record.canary or ():
+        for name, value in finding.items():
+            if name != "what":
+                yield f"canary/{finding['what']}/{name}", float(value)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -210,7 +233,7 @@ def peak_tflops(config: RunConfig, device_name: str) -> float | None:
 
 
 def _tag(name: str) -> str:
-    training = ("loss", "lr", "grad_norm", "grad_noise", "phase")
+    training = ("loss", "lr", "grad_norm", "grad_noise", "phase", "autopilot")
     return f"{'validation' if name == 'val_loss' else 'training' if name in training else 'speed'}/{name}"
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -41,8 +41,17 @@ class NoiseProbe:
         self._config, self._world, self._applied = config, world, applied
         self._chunks, self._optimizer, self._schedule = list(chunks), optimizer, schedule
 
-    def measure(self, batches: Iterator[Batch]) -> float:
+    def measure(
+        self,
+        batches: Iterator[Batch],
+        watching: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        compare: bool = True,
+    ) -> float:
         """The ratio on the first micro-batch of `batches`, equal on every rank; inf without noise.
+
+        watching   entered around the passes with quantized operands
+        compare    False: those alone, and NaN
 
         The samples of data-parallel rank 0 alone count, so that the ratio does not depend on how many ranks there are.
         Weights, moments, buffers, kept statistics, counters and random states are as before afterwards, gradients zero.
@@ -52,13 +61,15 @@ class NoiseProbe:
         buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
         try:
             found = []
-            for high in (True, False):
-                found.append(self._gradients(group, high))
+            for high in (True, False) if compare else (False,):
+                found.append(self._gradients(group, high, nullcontext if high else watching))
                 restore_random_states(random)
                 for buffer, before in buffers:
                     buffer.copy_(before)
         finally:
             self._zero()
+        if not compare:
+            return float("nan")
         sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         for g, g_q in zip(*found, strict=True):
             sums += torch.stack([_square(g), _square(g_q - g)])
@@ -74,10 +85,12 @@ class NoiseProbe:
         number = p.pp if p.vpp > 1 else 1
         return [first if self._world.dp_rank == 0 else empty] + [empty] * (number - 1)
 
-    def _gradients(self, group: Sequence[Batch], high: bool) -> list[Tensor]:
+    def _gradients(
+        self, group: Sequence[Batch], high: bool, watching: Callable[[], AbstractContextManager[None]]
+    ) -> list[Tensor]:
         """Copies of this rank's pieces of the reduced gradients."""
         self._zero()
-        with self._applied.aside(high_precision_backward=high), self._loss_scaled(len(group)):
+        with self._applied.aside(high_precision_backward=high), self._loss_scaled(len(group)), watching():
             self._schedule.run(iter(group), 0, len(group), forward_only=False)
         self._optimizer.prepare_grads()
         return [tensor.grad.clone() for tensor in self._pieces() if tensor.grad is not None]

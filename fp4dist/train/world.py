@@ -7,6 +7,7 @@ nothing behind when the run ends. Decisions that only rank 0 can make (files, cl
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -142,19 +143,34 @@ def check_environments(config: RunConfig | None = None) -> None:
     NCCL that one rank lacks hangs or slows the whole job, and nothing else tells.
     """
     mine = env.managed() | _versions() | ({"hash of the configuration": config_hash(config)} if config else {})
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, env.digest(mine))
-    if len(set(digests)) == 1:
-        return
-    everyone: list[dict[str, str]] = [{}] * len(digests)
-    dist.all_gather_object(everyone, mine)
-    odd = next(r for r, d in enumerate(digests) if d != digests[0])
-    names = sorted(n for n in everyone[0].keys() | everyone[odd].keys() if everyone[0].get(n) != everyone[odd].get(n))
-    told = ", ".join(f"{n} = {everyone[0].get(n, 'unset')} / {everyone[odd].get(n, 'unset')}" for n in names)
-    raise EnvironmentMismatch(
-        f"environment: rank 0 and rank {odd} differ: {told}; export the same values on every node (the launch files of"
-        " `python -m fp4dist.cluster launch` do)"
-    )
+    told = _differences(mine)
+    if told:
+        raise EnvironmentMismatch(
+            f"environment: {told}; export the same values on every node (the launch files of"
+            " `python -m fp4dist.cluster launch` do)"
+        )
+
+
+def _differences(mine: dict[str, str]) -> str:
+    """What the first rank that differs from rank 0 has otherwise; empty where all are equal.
+
+    It travels through the rendezvous's store: NCCL with other variables on one rank may hang in its first collective.
+    Rank 0 alone reads what all wrote, so that a job of thousands costs thousands of messages, not their square.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    call = store.add(f"fp4dist/environment/calls/{rank}", 1)
+    here = f"fp4dist/environment/{call}"
+    store.set(f"{here}/values/{rank}", json.dumps(mine))
+    store.set(f"{here}/digest/{rank}", env.digest(mine))
+    if rank == 0:
+        digests = (store.get(f"{here}/digest/{r}").decode() for r in range(ranks))
+        odd = next((r for r, digest in enumerate(digests) if digest != env.digest(mine)), None)
+        theirs = json.loads(store.get(f"{here}/values/{odd}")) if odd is not None else mine
+        names = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+        told = ", ".join(f"{n} = {mine.get(n, 'unset')} / {theirs.get(n, 'unset')}" for n in names)
+        store.set(f"{here}/told", f"rank 0 and rank {odd} differ: {told}" if names else "")
+    return store.get(f"{here}/told").decode()
 
 
 def _versions() -> dict[str, str]:

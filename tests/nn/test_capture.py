@@ -14,6 +14,7 @@ from fp4dist.nn.comm import NoComm
 from fp4dist.nn.function import fp4_linear
 from fp4dist.nn.plan import LinearPlan
 from fp4dist.numerics import dequantize
+from fp4dist.numerics.moment import Moment
 from fp4dist.numerics.tensor import BlockScaledTensor, Carrier
 from fp4dist.spec.load import load_recipe
 from fp4dist.spec.run import BackendConfig
@@ -75,8 +76,10 @@ def test_a_step_never_waits_for_the_device(recipe: str, cache: bool) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_captured_graph_gives_the_bits_of_eager_runs(recipe: str) -> None:
-    """Noise is a launch argument: each replay draws that of the step that was captured."""
+    """Each replay draws the noise of the time that the clock's moment shows, not that of its capture."""
     linear = Linear(recipe)
+    clock = linear.plan.clock
+    moment = clock.moment = Moment(torch.device("cuda"), clock.step, clock.micro_batch)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -86,8 +89,12 @@ def test_a_captured_graph_gives_the_bits_of_eager_runs(recipe: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = linear.run()
-    for seed in (1, 2):
-        torch.manual_seed(seed)
+    clock.moment = None
+    noises: list[Tensor] = []
+    for seed in (1, 2, 3):
+        torch.manual_seed(min(seed, 2))
+        clock.step, clock.micro_batch = 10 + seed, 2**31 + seed
+        moment.set(clock.step, clock.micro_batch)
         for tensor in (linear.x, linear.dy):
             tensor.data.copy_(torch.randn_like(tensor))
         linear.w.main_grad.zero_()  # type: ignore[attr-defined]
@@ -95,6 +102,8 @@ def test_a_captured_graph_gives_the_bits_of_eager_runs(recipe: str) -> None:
         replayed = [t.clone() for t in captured]
         for one, other in zip(replayed, linear.outcome(), strict=True):
             assert torch.equal(one, other)
+        noises.append(replayed[1])
+    assert not torch.equal(noises[1], noises[2]), "the same input at another time"
 
 
 def values(operand: BlockScaledTensor | Carrier) -> Tensor:

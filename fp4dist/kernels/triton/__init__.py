@@ -19,7 +19,6 @@ else:
     from fp4dist.kernels.triton import filters as _filters
     from fp4dist.kernels.triton import matmul as _matmul
     from fp4dist.kernels.triton import originals as _originals
-    from fp4dist.kernels.triton import quantize as _quantize
     from fp4dist.kernels.triton import quantizers as _quantizers
 
     def _needs_gpu(request: Request) -> str | None:
@@ -42,10 +41,10 @@ else:
     def _supports_pair(request: Request) -> str | None:
         if request.spec is None or request.other is None:
             return "needs two specs"
-        return _needs_gpu(request) or _quantize.why_not_pair(request.spec, request.other)
+        return _needs_gpu(request) or _quantizers.why_not_pair(request.spec, request.other)
 
     def _quantize_pair(x: Tensor, row: tuple[Any, ...], column: tuple[Any, ...]) -> tuple[Operand, Operand]:
-        return _quantize.quantize_pair(x, _quantize.Side(*row), _quantize.Side(*column))
+        return _quantizers.quantize_pair(x, _quantizers.Side(*row), _quantizers.Side(*column))
 
     kernel("quantize", backend="triton", supports=_supports_quantize, carries=True)(_quantizers.quantize)
     kernel("requantize", backend="triton", supports=_supports_quantize, carries=True, unrotates=True)(

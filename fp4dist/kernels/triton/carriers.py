@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from fp4dist.kernels.triton.counters import zeroed
 from fp4dist.kernels.triton.decoding import carrier_of_codes_kernel, largest_byte_kernel
 from fp4dist.kernels.triton.launch import integer, launch
 from fp4dist.numerics.tensor import BlockScaledTensor, Carrier
@@ -59,13 +59,8 @@ def to_carrier(q: BlockScaledTensor, dtype: torch.dtype, *, transposed: bool = F
     return carrier_of(q, dtype, transposed=transposed)
 
 
-def carrier_of(
-    q: BlockScaledTensor, dtype: torch.dtype, *, transposed: bool = False, counters: Tensor | None = None
-) -> Carrier:
-    """`to_carrier` where nothing speaks against it.
-
-    counters   [2] int32: the largest byte of the scales, where their quantizer has found it, and 0; for FP8
-    """
+def carrier_of(q: BlockScaledTensor, dtype: torch.dtype, *, transposed: bool = False) -> Carrier:
+    """`to_carrier` where nothing speaks against it."""
     device, shape = q.codes.device, q.shape
     rows, cols = (shape[1], shape[0]) if transposed else shape
     values = torch.empty((rows, cols), dtype=dtype, device=device)
@@ -78,17 +73,10 @@ def carrier_of(
     scale, top, lost = q.global_scale, stored, None
     if dtype != torch.bfloat16:
         scale = torch.empty((), dtype=torch.float32, device=device)
-        if counters is None:
-            counters = torch.zeros(2, dtype=torch.int32, device=device)
-            number = stored.numel()
-            options = {"B": 16384, "num_warps": 8}
-            launch(
-                largest_byte_kernel,
-                -(-number // 16384),
-                (stored, counters, number),
-                options,
-                ("top", integer(number), form),
-            )
+        counters, number = zeroed(device), stored.numel()
+        options = {"B": 16384, "num_warps": 8}
+        programs = -(-number // 16384)
+        launch(largest_byte_kernel, programs, (stored, counters, number), options, ("top", integer(number), form))
         top, lost = counters, counters[1]
     tile = _TILES[transposed]
     constants = {

@@ -13,6 +13,7 @@ The bits are those of `fp4dist.numerics.estimators`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton.launch import integer, launch
 from fp4dist.kernels.triton.signs import flip, sign_words
 from fp4dist.numerics.scales import fp32
 from fp4dist.numerics.tensor import BlockScaledTensor, Key
@@ -29,7 +31,6 @@ from fp4dist.spec.estimators import TrustMask
 from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
 
-_SIGNS = ["s0", "s1", "s2", "s3"]  # change from step to step: their values must not be compiled in
 _ROWS, _COLUMNS, _WARPS = 32, 128, 4  # of a program
 _WORDS = {16: torch.int16, 32: torch.int32}  # of packed bits, one for the columns that a thread holds
 
@@ -39,14 +40,14 @@ def _load(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: 
     """[G, E] fp32 values of the tile [R, N] of a row-major matrix, G = R * N / E chunks of E columns; 0 outside."""
     P: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # elements of a thread's vector
     r = tl.arange(0, R)[None, :, None, None]
-    part = tl.arange(0, E // P)[:, None, None, None] * P + tl.arange(0, P)[None, None, None, :]
-    c = tl.arange(0, N // E)[None, None, :, None] * E + part  # parts of a chunk first: a thread takes all of them
+    part = tl.arange(0, E // P)[None, None, :, None]  # here, so that Triton gives a thread all parts of a chunk
+    c = tl.arange(0, N // E)[:, None, None, None] * E + part * P + tl.arange(0, P)[None, None, None, :]
     start = x + (row.to(tl.int64) * stride + col)
     if EVEN:
         y = tl.load(start + (r * stride + c))
     else:
         y = tl.load(start + (r * stride + c), mask=(row + r < rows) & (col + c < cols), other=0.0)
-    y = tl.reshape(tl.permute(y, (1, 2, 0, 3)), (R * N // E, E))
+    y = tl.reshape(tl.permute(y, (1, 0, 2, 3)), (R * N // E, E))
     if y.dtype == tl.bfloat16:  # by bits: the interpreter's cast loses subnormal numbers
         y = a.floats(y.to(tl.int16, bitcast=True).to(tl.int32) << 16)
     return y
@@ -67,17 +68,17 @@ def _chunks(x, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.con
 
 
 @triton.jit
-def _flipped(y, s0, s1, s2, s3, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr):
+def _flipped(y, signs, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr):
     i = tl.arange(0, R * N // E)[:, None] % (N // E) * E + tl.arange(0, E)[None, :]
-    return a.floats(a.bits(y) ^ flip(i, s0, s1, s2, s3, ROT))
+    return a.floats(a.bits(y) ^ flip(i, signs, ROT))
 
 
 @triton.jit
-def _rotated(y, s0, s1, s2, s3, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr,
+def _rotated(y, signs, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr,
              SIGNED: tl.constexpr):  # fmt: skip
     """The unnormalized rotation of [G, E]."""
     if SIGNED:
-        y = _flipped(y, s0, s1, s2, s3, R, N, E, ROT)
+        y = _flipped(y, signs, R, N, E, ROT)
     if ROT > 1:
         y = a.rotate(y, R * N // E, E, ROT)
     return y
@@ -94,15 +95,15 @@ def _inside(y, stored, outer, before, after, largest, E8M0: tl.constexpr):
     return tl.abs(y * a.below(multiplier, a.FLT_MAX)[:, None]) <= largest
 
 
-@triton.jit(do_not_specialize=_SIGNS)
+@triton.jit
 def mask_kernel(
-    x, stride, scales, outer, s0, s1, s2, s3, out, rows, cols, before, after, largest,
+    x, stride, scales, outer, signs, out, rows, cols, before, after, largest,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     E8M0: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """M of [rows, cols] x: a word of E bits for every E columns, the first in the lowest bit."""
     row, col = tl.program_id(0) * R, tl.program_id(1) * N
-    y = _rotated(_load(x, stride, row, col, rows, cols, R, N, E, EVEN), s0, s1, s2, s3, R, N, E, ROT, SIGNED)
+    y = _rotated(_load(x, stride, row, col, rows, cols, R, N, E, EVEN), signs, R, N, E, ROT, SIGNED)
     stored = _chunks(scales, row, col, rows, cols, R, N, E, BR, EVEN)
     passes = _inside(y, stored, outer, before, after, largest, E8M0)
     word = tl.sum(passes.to(tl.int32) << tl.arange(0, E)[None, :], axis=1)
@@ -113,42 +114,51 @@ def mask_kernel(
     tl.store(at, word, mask=(row + r < rows) & (c < cols // E))
 
 
-@triton.jit(do_not_specialize=_SIGNS)
+@triton.jit
 def filter_kernel(
-    g, stride, bits, x, x_stride, scales, outer, s0, s1, s2, s3, out, rows, cols, before, after, largest, inverse,
+    g, stride, bits, x, x_stride, scales, outer, signs, out, rows, cols, before, after, largest, inverse,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
-    E8M0: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr,
+    E8M0: tl.constexpr, KEPT: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Out = H^-1 (M * (H g)), M from words of E `bits` if KEPT, else from x and its scales. inverse: 1 / ROT.
 
-    out   fp32, or words of two bf16
+    out   fp32 (to which the result is added if ADD), or words of two bf16
     """
-    row, col = tl.program_id(0) * R, tl.program_id(1) * N
+    across = tl.cdiv(cols, N)
+    row, col = tl.program_id(0) // across * R, tl.program_id(0) % across * N
     if KEPT:
         word = _chunks(bits, row, col, rows, cols, R, N, E, 1, EVEN).to(tl.int32)
         passes = ((word[:, None] >> tl.arange(0, E)[None, :]) & 1) != 0
     else:
-        y = _rotated(_load(x, x_stride, row, col, rows, cols, R, N, E, EVEN), s0, s1, s2, s3, R, N, E, ROT, SIGNED)
+        y = _rotated(_load(x, x_stride, row, col, rows, cols, R, N, E, EVEN), signs, R, N, E, ROT, SIGNED)
         stored = _chunks(scales, row, col, rows, cols, R, N, E, BR, EVEN)
         passes = _inside(y, stored, outer, before, after, largest, E8M0)
-    y = _rotated(_load(g, stride, row, col, rows, cols, R, N, E, EVEN), s0, s1, s2, s3, R, N, E, ROT, SIGNED)
+    y = _rotated(_load(g, stride, row, col, rows, cols, R, N, E, EVEN), signs, R, N, E, ROT, SIGNED)
     y = y * tl.where(passes, 1.0, 0.0)  # a product and not a choice: Inf and NaN that do not pass must still show
     if ROT > 1:
         y = a.rotate(y, R * N // E, E, ROT) * inverse
     if SIGNED:
-        y = _flipped(y, s0, s1, s2, s3, R, N, E, ROT)
-    _store_in(y, out, row, col, rows, cols, R, N, E, EVEN)
+        y = _flipped(y, signs, R, N, E, ROT)
+    if ADD:
+        y = _load(out, cols, row, col, rows, cols, R, N, E, EVEN) + y
+    _store_in(y, out, row, col, rows, cols, R, N, E, EVEN, ASM)
 
 
 @triton.jit
-def _store_in(y, out, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr):
+def _store_in(y, out, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr,
+              ASM: tl.constexpr):  # fmt: skip
     """[G, E] of the tile at (row, col) into a contiguous matrix of fp32, or of words of two bf16, rounded to even."""
+    G: tl.constexpr = R * N // E
     if out.dtype.element_ty == tl.float32:
         _store(y, out, row, col, rows, cols, R, N, EVEN)
+    elif ASM:
+        low, high = tl.split(tl.reshape(y, (G, E // 2, 2)))
+        words = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], tl.int32, True, 1)
+        _store(words, out, row, col // 2, rows, cols // 2, R, N // 2, EVEN)
     else:  # by bits: the interpreter's cast cuts off
         b = a.bits(y)
         b = tl.where(y != y, 0x7FC00000, b + 0x7FFF + ((b >> 16) & 1))
-        _store(a.bf16_pairs(a.floats(b), R * N // E, E), out, row, col // 2, rows, cols // 2, R, N // 2, EVEN)
+        _store(a.bf16_pairs(a.floats(b), G, E), out, row, col // 2, rows, cols // 2, R, N // 2, EVEN)
 
 
 @triton.jit
@@ -163,16 +173,16 @@ def _store(y, out, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, EVEN:
         tl.store(at, tl.reshape(y, (R, N)), mask=(row + r < rows) & (c < cols))
 
 
-@triton.jit(do_not_specialize=_SIGNS)
+@triton.jit
 def original_kernel(
-    codes, scales, outer, s0, s1, s2, s3, out, rows, cols, root,
+    codes, scales, outer, signs, out, rows, cols, root,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
-    E8M0: tl.constexpr, EVEN: tl.constexpr,
+    E8M0: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Values of E2M1 codes in words of eight, in the original basis. root: ROT^-1/2;  out as for `filter_kernel`."""
     row, col = tl.program_id(0) * R, tl.program_id(1) * N
     r = tl.arange(0, R)[None, :, None]
-    w = tl.arange(0, E // 8)[:, None, None] + tl.arange(0, N // E)[None, None, :] * (E // 8)  # as in `_load`
+    w = tl.arange(0, N // E)[:, None, None] * (E // 8) + tl.arange(0, E // 8)[None, None, :]  # as in `_load`
     at = codes + (row.to(tl.int64) * (cols // 8) + col // 8 + r * (cols // 8) + w)
     if EVEN:
         words = tl.load(at)
@@ -181,14 +191,14 @@ def original_kernel(
     stored = _chunks(scales, row, col, rows, cols, R, N, E, BR, EVEN).to(tl.int32)
     scale = a.decode_e8m0(stored) if E8M0 else a.decode_e4m3(stored)
     nibble = (
-        tl.reshape(tl.permute(words, (1, 2, 0)), (R * N // E, E // 8, 1)) << (28 - 4 * tl.arange(0, 8))[None, None, :]
+        tl.reshape(tl.permute(words, (1, 0, 2)), (R * N // E, E // 8, 1)) << (28 - 4 * tl.arange(0, 8))[None, None, :]
     )
     y = a.e2m1_signed(tl.reshape(nibble, (R * N // E, E)))
     y = y * scale[:, None] * (tl.load(outer) * root)
     y = a.rotate(y, R * N // E, E, ROT) * root
     if SIGNED:
-        y = _flipped(y, s0, s1, s2, s3, R, N, E, ROT)
-    _store_in(y, out, row, col, rows, cols, R, N, E, EVEN)
+        y = _flipped(y, signs, R, N, E, ROT)
+    _store_in(y, out, row, col, rows, cols, R, N, E, EVEN, ASM)
 
 
 def why_not(spec: QuantSpec) -> str | None:
@@ -212,25 +222,32 @@ def mask(x: Tensor, stored: Tensor, global_scale: Tensor, spec: QuantSpec, key: 
     columns = _block_columns(x, stored)
     programs, constants = _tiles(x, spec.rotation, columns)
     mask_kernel[programs](
-        x, x.stride(0), stored.contiguous(), global_scale, *sign_words(spec.rotation, key), out.view(_WORDS[columns]),
-        rows, cols, *_factors(spec), BR=_block_rows(x, stored), E8M0=spec.format.scale.name == "e8m0", **constants,
+        x, x.stride(0), stored.contiguous(), global_scale, sign_words(spec.rotation, key, x.device),
+        out.view(_WORDS[columns]), rows, cols, *_factors(spec), BR=_block_rows(x, stored),
+        E8M0=spec.format.scale.name == "e8m0", **constants,
     )  # fmt: skip
     return out
 
 
-def filter_by_mask(gradient: Tensor, kept: Tensor, rotation: Hadamard | None, key: Key | None) -> Tensor:
-    """See `fp4dist.numerics.estimators.filter_by_mask`."""
+def filter_by_mask(
+    gradient: Tensor, kept: Tensor, rotation: Hadamard | None, key: Key | None, *, out: torch.dtype | None = None,
+    into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See `fp4dist.numerics.estimators.filter_by_mask`.
+
+    out    dtype of the result, fp32 or bf16, which is rounded once; None: the gradient's
+    into   fp32 matrix without gaps that the result is added to, and which is returned
+    """
     gradient = _row_major(gradient)
-    out = torch.empty_like(gradient)
+    result = torch.empty_like(gradient, dtype=out) if into is None else into
     columns = 16 if gradient.shape[1] % 32 else 32
-    programs, constants = _tiles(gradient, rotation, columns)
+    bits = (kept if kept.is_contiguous() else kept.contiguous()).view(_WORDS[columns])
     none = gradient
-    filter_kernel[programs](
-        gradient, gradient.stride(0), kept.contiguous().view(_WORDS[columns]), none, 0, none, none,
-        *sign_words(rotation, key), _in_words(out), *gradient.shape, 1.0, 1.0, 1.0, 1.0 / constants["ROT"], BR=1,
-        E8M0=True, KEPT=True, **constants,
+    _filter(
+        gradient, (bits, none, 0, none, none, sign_words(rotation, key, gradient.device)), result, rotation, columns,
+        (1.0, 1.0, 1.0), {"BR": 1, "E8M0": True, "KEPT": True, "ADD": into is not None},
     )  # fmt: skip
-    return out
+    return result
 
 
 def filter_by_scales(
@@ -239,13 +256,31 @@ def filter_by_scales(
     """See `fp4dist.numerics.estimators.filter_by_scales`."""
     gradient, x = _row_major(gradient), _row_major(x)
     out = torch.empty_like(gradient)
-    programs, constants = _tiles(gradient, spec.rotation, _block_columns(x, stored))
-    filter_kernel[programs](
-        gradient, gradient.stride(0), stored, x, x.stride(0), stored.contiguous(), global_scale,
-        *sign_words(spec.rotation, key), _in_words(out), *gradient.shape, *_factors(spec), 1.0 / constants["ROT"],
-        BR=_block_rows(x, stored), E8M0=spec.format.scale.name == "e8m0", KEPT=False, **constants,
+    signs = sign_words(spec.rotation, key, x.device)
+    _filter(
+        gradient, (stored, x, x.stride(0), stored.contiguous(), global_scale, signs), out, spec.rotation,
+        _block_columns(x, stored), _factors(spec),
+        {"BR": _block_rows(x, stored), "E8M0": spec.format.scale.name == "e8m0", "KEPT": False, "ADD": False},
     )  # fmt: skip
     return out
+
+
+def _filter(
+    gradient: Tensor, given: tuple[Any, ...], out: Tensor, rotation: Hadamard | None, columns: int,
+    factors: tuple[float, ...], flags: dict[str, Any],
+) -> None:  # fmt: skip
+    """Launch `filter_kernel`. given: its arguments from `bits` to `signs`."""
+    (across, down), constants = _tiles(gradient, rotation, columns)
+    stride, shape, result = gradient.stride(0), gradient.shape, _in_words(out)
+    arguments = gradient, stride, *given, result, *shape, *factors, 1.0 / constants["ROT"]
+    aligned = [t.data_ptr() % 16 == 0 for t in (gradient, *given, result) if isinstance(t, Tensor)]
+    kinds = [t.dtype for t in (gradient, *given, out) if isinstance(t, Tensor)]
+    sizes = (integer(n) for n in (stride, *shape, *(n for n in given if isinstance(n, int))))
+    form = (
+        "filter", *aligned, *kinds, *sizes, *flags.values(),
+        *(constants[name] for name in ("E", "ROT", "SIGNED", "EVEN")), gradient.device,
+    )  # fmt: skip
+    launch(filter_kernel, across * down, arguments, {**constants, **flags, "ASM": _has_asm(gradient.device)}, form)
 
 
 def why_no_original(q: BlockScaledTensor) -> str | None:
@@ -269,11 +304,19 @@ def original(
     out = torch.empty((rows, cols), dtype=dtype, device=q.codes.device)
     programs, constants = _tiles(out, rotation, q.block[1])
     original_kernel[programs](
-        q.codes.contiguous().view(torch.int32), q.scales.contiguous(), q.global_scale, *sign_words(rotation, key),
-        _in_words(out), rows, cols, fp32(rotation.size**-0.5), BR=q.block[0], E8M0=q.format.scale.name == "e8m0",
-        **constants,
+        q.codes.contiguous().view(torch.int32), q.scales.contiguous(), q.global_scale,
+        sign_words(rotation, key, out.device), _in_words(out), rows, cols, fp32(rotation.size**-0.5),
+        BR=q.block[0], E8M0=q.format.scale.name == "e8m0", ASM=_has_asm(out.device), **constants,
     )  # fmt: skip
     return out
+
+
+@cache
+def _has_asm(device: torch.device) -> bool:
+    """Whether kernels there may hold NVIDIA's instructions, of Ampere and newer: conversions in pairs."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _tiles(x: Tensor, rotation: Hadamard | None, columns: int) -> tuple[tuple[int, int], dict[str, Any]]:

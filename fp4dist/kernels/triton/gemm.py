@@ -70,6 +70,31 @@ def _operands(
 
 
 @triton.jit
+def _factors(rows_a, rows_b, r, c, block, M, N, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr):
+    """Factors of part `block` of rows r of A and c of B; something else where there are none."""
+    of_a, of_b = r.to(tl.float32), c.to(tl.float32)
+    if ROWS_A == 2:
+        of_a = tl.load(rows_a + block * M + r, mask=r < M, other=0.0)
+    if ROWS_B == 2:
+        of_b = tl.load(rows_b + block * N + c, mask=c < N, other=0.0)
+    return of_a, of_b
+
+
+@triton.jit
+def _added(total, part, of_a, of_b, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Total + part * its factors."""
+    if (ROWS_A == 2) & (ROWS_B == 2):
+        total = tl.fma(part, of_a[:, None] * of_b[None, :], total)
+    elif ROWS_A == 2:
+        total = tl.fma(part, tl.broadcast_to(of_a[:, None], (BM, BN)), total)
+    elif ROWS_B == 2:
+        total = tl.fma(part, tl.broadcast_to(of_b[None, :], (BM, BN)), total)
+    else:
+        total += part
+    return total
+
+
+@triton.jit
 def _gemm_kernel(
     a, b, out, scale_a, scale_b, inverse_rotation, rows_a, rows_b, M, N, K, stride_a, stride_b,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, ADD: tl.constexpr,
@@ -103,22 +128,15 @@ def _gemm_kernel(
                 total = tl.dot(x, w.T, total)
         else:
             for block in range(tl.cdiv(K, BK * STEPS)):
+                of_a, of_b = _factors(rows_a, rows_b, r, c, block, M, N, ROWS_A, ROWS_B)
                 part = tl.zeros((BM, BN), tl.float32)
-                if ROWS_A == 2:
-                    of_a = tl.load(rows_a + block * M + r, mask=r < M, other=0.0)
-                if ROWS_B == 2:
-                    of_b = tl.load(rows_b + block * N + c, mask=c < N, other=0.0)
                 for step in range(STEPS):
                     x, w = _operands(
                         a, b, m, n, (block * STEPS + step) * BK, M, N, K, stride_a, stride_b, DESCRIPTORS, INTERPRETED,
                         BM, BN, BK,
                     )  # fmt: skip
                     part = tl.dot(x, w.T, part)
-                if ROWS_A == 2:
-                    part = part * of_a[:, None]
-                if ROWS_B == 2:
-                    part = part * of_b[None, :]
-                total += part
+                total = _added(total, part, of_a, of_b, ROWS_A, ROWS_B, BM, BN)
         total = total * factor
         if ROWS_A == 1:
             total = total * tl.load(rows_a + r, mask=r < M, other=0.0)[:, None]
@@ -146,7 +164,7 @@ def gemm(
 ) -> Tensor:
     """A B^T / rotation in `out` (fp32 or bf16), or added to `into` ([M, N] fp32, dense), with one rounding each.
 
-    promoted   elements of K in a partial sum of FP8 products, a multiple of 128; 0: no partial sums
+    promoted   elements of K in a partial sum of FP8 products: 32, 64 or a multiple of 128; 0: no partial sums
 
     The values of A and B are both bf16 or both FP8 (e5m2, e4m3: any pair). Factors of parts of rows: see `takes`.
     """
@@ -160,6 +178,7 @@ def gemm(
     summed = promoted if a.dtype in FP8 else 0  # elements in a partial sum
     if max(parts) > 1:
         summed = k // max(parts)
+    if summed:
         tiling = tiling._replace(k=min(tiling.k, summed))
     tiles = triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n)
     # where a tile's end is long, the next program's start hides it better than this one's

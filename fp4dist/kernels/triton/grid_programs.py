@@ -16,7 +16,7 @@ from fp4dist.kernels.triton import arithmetic as a
 from fp4dist.kernels.triton.noise import PLACE, element_noise, scale_noise
 from fp4dist.kernels.triton.signs import flip
 
-VARYING = ["s0", "s1", "s2", "s3", *PLACE, "noise_width", "noise_run", "n0", "n1"]
+VARYING = [*PLACE, "noise_width", "noise_run", "n0", "n1"]
 # Constants of the kernels' parameters, which must be literal there.
 GIVEN, ABSMAX, FLOOR, CEIL, CEIL_AMAX, QUEST_BELOW, QUEST_NEAREST, FOUR_OVER_SIX, EDEN = range(9)  # RULE
 E4M3, E8M0, UE5M3, INVERSE, FP32 = range(5)  # SCALE
@@ -25,7 +25,7 @@ TO_NEAREST, STOCHASTIC, TOWARD = range(3)  # ROUND
 
 
 @triton.jit
-def load_tile(x, sr, sc, s0, s1, s2, s3, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, ROT: tl.constexpr,
+def load_tile(x, sr, sc, signs, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, ROT: tl.constexpr,
               SIGNED: tl.constexpr):  # fmt: skip
     """[R, N] fp32 values of a matrix of any strides, rotated; 0 outside."""
     r = row + tl.arange(0, R)
@@ -35,15 +35,15 @@ def load_tile(x, sr, sc, s0, s1, s2, s3, row, col, rows, cols, R: tl.constexpr, 
     if y.dtype == tl.bfloat16:  # by bits: the interpreter's cast loses subnormal numbers
         y = a.floats(y.to(tl.int16, bitcast=True).to(tl.int32) << 16)
     if SIGNED:
-        y = a.floats(a.bits(y) ^ flip(c, s0, s1, s2, s3, ROT)[None, :])
+        y = a.floats(a.bits(y) ^ flip(c, signs, ROT)[None, :])
     if ROT > 1:
         y = a.butterflies(y, R, N, ROT)
     return y
 
 
-@triton.jit(do_not_specialize=["s0", "s1", "s2", "s3"])
+@triton.jit
 def largest_kernel(
-    x, sr, sc, s0, s1, s2, s3, top, rows, cols, R: tl.constexpr, N: tl.constexpr, ROT: tl.constexpr,
+    x, sr, sc, signs, top, rows, cols, R: tl.constexpr, N: tl.constexpr, ROT: tl.constexpr,
     SIGNED: tl.constexpr, STEPS: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """Largest magnitude bits of every row, or of the matrix, into `top`, which starts at 0. STEPS tiles a program."""
@@ -51,7 +51,7 @@ def largest_kernel(
     found = tl.zeros((R,), tl.int32)
     for step in range(STEPS):
         col = (tl.program_id(1) * STEPS + step) * N
-        y = load_tile(x, sr, sc, s0, s1, s2, s3, row, col, rows, cols, R, N, ROT, SIGNED)
+        y = load_tile(x, sr, sc, signs, row, col, rows, cols, R, N, ROT, SIGNED)
         found = tl.maximum(found, tl.max(a.magnitude_bits(y), axis=1))
     if BY_ROW:
         r = row + tl.arange(0, R)
@@ -305,9 +305,9 @@ def _store_scales(stored, scales, row, col, rows, cols, R: tl.constexpr, N: tl.c
 
 @triton.jit(do_not_specialize=VARYING)
 def grid_kernel(
-    x, sr, sc, toward, tr, tc, s0, s1, s2, s3, given, given_stride, outer, table, codes, stride, scales, outers, rows,
+    x, sr, sc, toward, tr, tc, signs, given, given_stride, outer, table, codes, stride, scales, outers, rows,
     cols, numerator, inverse_v, v, before, after, finer, factor, exponent, mantissa,
-    k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1, noise_width, noise_run, n0, n1,
+    k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1, noise_width, noise_run, n0, n1,
     R: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     RULE: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, TILE: tl.constexpr, NONZERO: tl.constexpr,
     STD: tl.constexpr, METRIC: tl.constexpr, GROUP: tl.constexpr, ROUND: tl.constexpr, E2M1: tl.constexpr,
@@ -321,7 +321,7 @@ def grid_kernel(
     noise_*  PLACE of the blocks, for EDEN's scales
     """
     row, col = tl.program_id(0) * R, tl.program_id(1) * N
-    y = load_tile(x, sr, sc, s0, s1, s2, s3, row, col, rows, cols, R, N, ROT, SIGNED)
+    y = load_tile(x, sr, sc, signs, row, col, rows, cols, R, N, ROT, SIGNED)
     negative = a.bits(y) < 0
     largest = tl.load(table + 16 + LAST) if FP8 == 0 else (448.0 if FP8 == 3 else 57344.0)
     z = y * before
@@ -365,17 +365,17 @@ def grid_kernel(
         s = tl.div_rn(tree_sum(u * u, R, N, 1, n), uc)
         s = tl.reshape(tl.broadcast_to(tl.where(uc == 0.0, 1.0, s)[:, :, None], (R, N // n, n // BC)), (R, N // BC))
         word = scale_noise(
-            row, col // BC, k0, k1, c1, c2, c3, noise_width, row_run, r0, r1, noise_run, n0, n1, R, N // BC
+            row, col // BC, k0, k1, when, c3, noise_width, row_run, r0, r1, noise_run, n0, n1, R, N // BC
         )
         stored = a.encode_e4m3_stochastic(scale * s, word)
         u = tl.abs(u)
     else:
         u = a.below(tl.abs(z * wide), largest)
         if ROUND == 1:
-            noise = element_noise(row, col, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1, R, N)
+            noise = element_noise(row, col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1, R, N)
             index = stochastic(u, noise, table, E2M1, LAST)
         elif ROUND == 2:
-            t = load_tile(toward, tr, tc, s0, s1, s2, s3, row, col, rows, cols, R, N, ROT, SIGNED) * before * wide
+            t = load_tile(toward, tr, tc, signs, row, col, rows, cols, R, N, ROT, SIGNED) * before * wide
             t = tl.where(t < -largest, -largest, a.below(t, largest))
             index = nearer_to(u, tl.where(negative, -t, t), table, LAST)
         else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fp4dist import numerics
-from fp4dist.kernels.triton import carriers, tiles
+from fp4dist.kernels.triton import carriers, moments, tiles
 from fp4dist.kernels.triton import grid_programs as p
 from fp4dist.kernels.triton.noise import place
 from fp4dist.kernels.triton.signs import sign_words
@@ -221,6 +221,13 @@ class _Measured(Grouping):
         """Grid-shaped amax of the logical rows, or of the logical tensor."""
         return self._tensor_max(self.found).reshape(1, 1) if self.spec.shape[0] == 0 else self._row_max(self.found)
 
+    def moments(self, x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """From one reading, where one kernel can."""
+        if unit.numel() > 1 or not moments.has_sums(x, self.chunk()):
+            return Grouping.moments(self, x.to(torch.float32), unit)
+        squares, magnitudes = moments.sums(x, unit, self.chunk())
+        return self.total_of(squares), self.total_of(magnitudes)
+
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
@@ -242,7 +249,8 @@ class _Launch:
         if isinstance(rule, Floor | Ceil):
             chosen = scales.power_of_two_scales(self.x, self.spec, grouping)
         else:
-            of_moments = isinstance(rule, Quest | Sawb)
+            turned = isinstance(rule, Quest) or self.spec.rotation is not None
+            of_moments = isinstance(rule, Quest | Sawb) and turned
             chosen = scales.ladder(self.in_basis() if of_moments else self.x, self.spec, grouping).at()
         codes = self.run(p.GIVEN, given=chosen.multiplier)
         return BlockScaledTensor(
@@ -302,8 +310,8 @@ class _Launch:
         programs, tile = self.tile()
         steps = min(16, programs[1])
         p.largest_kernel[programs[0], -(-programs[1] // steps)](
-            *self.source(), *sign_words(self.spec.rotation, self.key), top, *self.x.shape, **tile, STEPS=steps,
-            BY_ROW=by_row,
+            *self.source(), sign_words(self.spec.rotation, self.key, self.x.device), top, *self.x.shape, **tile,
+            STEPS=steps, BY_ROW=by_row,
         )  # fmt: skip
         return top.view(torch.float32)
 
@@ -328,18 +336,18 @@ class _Launch:
         programs, tile = self.tile()
         toward = self.toward if isinstance(rounding, Ema) and self.toward is not None else None
         key = self.key.sample(sample) if self.key is not None and spec.draws_noise else None
-        blocks = place(key if isinstance(rounding, Eden) else None, rows, cols, max(spec.shape[1], 1))
+        blocks = place(key if isinstance(rounding, Eden) else None, rows, cols, max(spec.shape[1], 1), self.x.device)
         ties = rounding.ties if isinstance(rounding, Nearest) else "even"
         factors = _Factors.of(spec)
         none = self.x
         p.grid_kernel[programs](
             *self.source(), toward if toward is not None else none,
             *(toward.stride() if toward is not None else (0, 0)),
-            *sign_words(spec.rotation, self.key), given if given is not None else none,
+            sign_words(spec.rotation, self.key, self.x.device), given if given is not None else none,
             0 if given is None or given.numel() == 1 else 1, outer if outer is not None else none,
             _table(spec.format.element, ties, self.x.device), codes, codes.stride(0),
             stored if stored is not None else none, outers if outers is not None else none, rows, cols,
-            *factors.values, *place(key, rows, cols, 8), blocks[5], blocks[9], blocks[10], blocks[11],
+            *factors.values, *place(key, rows, cols, 8, self.x.device), blocks[4], blocks[8], blocks[9], blocks[10],
             BR=max(spec.shape[0], 1), BC=max(spec.shape[1], 1), RULE=rule, SCALE=_SCALES[spec.format.scale.name],
             OUTER=_outer(spec), TILE=spec.above[1] if isinstance(spec.above, tuple) else 1,
             NONZERO=isinstance(spec.rule, AbsMax) and spec.rule.nonzero,

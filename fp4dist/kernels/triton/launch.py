@@ -7,7 +7,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-_COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+import torch
+
+# form -> (launcher, the device's function, its metadata, constants); without hooks of Triton's profilers
+_COMPILED: dict[Hashable, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
 
 
 def launch(
@@ -22,16 +25,21 @@ def launch(
     """
     found = _COMPILED.get(form) if form is not None else None
     if found is not None:
-        compiled, last = found
+        run, function, metadata, last = found
         try:
-            compiled[(programs, 1, 1)](*arguments, *last)
+            run(programs, 1, 1, _stream(), function, metadata, None, None, None, *arguments, *last)
             return
         except TypeError:  # a version whose compiled kernels are called otherwise; nothing has been launched
             del _COMPILED[form]
             form = None
     compiled = kernel[(programs,)](*arguments, **constants)
-    if form is not None and hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
-        _COMPILED[form] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    if form is not None and getattr(compiled, "function", None) is not None:  # the interpreter compiles nothing
+        last = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        _COMPILED[form] = compiled.run, compiled.function, compiled.packed_metadata, last
+
+
+def _stream() -> int:
+    return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
 
 
 def integer(n: int) -> int:

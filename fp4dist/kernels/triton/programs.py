@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 
 from fp4dist.kernels.triton import arithmetic as a
-
-# Names of parameters that change from step to step: their values must not be compiled in.
-_PLACE = ["k0", "k1", "c1", "c2", "c3", "width", "row_run", "r0", "r1", "column_run", "q0", "q1"]
-_SIGNS = ["s0", "s1", "s2", "s3"]
+from fp4dist.kernels.triton.noise import PLACE
+from fp4dist.kernels.triton.signs import word_of
 
 
 @triton.jit
@@ -68,12 +66,12 @@ def _turned(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E
 
 @triton.jit
 def _decoded(
-    x, stride, qscales, qglobal, b0, root, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+    x, stride, qscales, qglobal, back, root, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
     W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """[G, E] fp32 values of the transpose of codes x [cols, rows / 2] with scales of blocks [QBR, QBC].
 
-    BACK   size (at most 32) of the rotation that they are turned back from, 1 for none;  b0  its signs;
+    BACK   size (at most 32) of the rotation that they are turned back from, 1 for none;  back  its signs;
     root   1 / sqrt(BACK)
     """
     byte = _turned(x, stride, row, col, rows, cols, R, N, E, 2, W, EVEN).to(tl.int32)
@@ -94,16 +92,16 @@ def _decoded(
         y = a.rows_rotated(nearly * (tl.load(qglobal) * root), R, N, BACK)
         y = tl.reshape(y, (R * N // E, E)) * root
         i = tl.reshape(tl.broadcast_to(((row + tl.arange(0, R)) % BACK)[:, None], (R, N // E)), (R * N // E,))
-        y = a.floats(a.bits(y) ^ ((b0 >> i) << 31)[:, None])
+        y = a.floats(a.bits(y) ^ ((tl.load(back) >> i) << 31)[:, None])
     return y
 
 
 @triton.jit
 def _tile(
-    x, stride, qscales, qglobal, s0, s1, s2, s3, row, col, rows, cols,
+    x, stride, qscales, qglobal, signs, row, col, rows, cols,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
-    BACK: tl.constexpr = 1, b0=0, root=1.0,
+    BACK: tl.constexpr = 1, back=0, root=1.0,
 ):  # fmt: skip
     """[G, E] fp32 values of the tile at (row, col), rotated; 0 outside."""
     if READ == 0:
@@ -119,21 +117,21 @@ def _tile(
                 y = _bf16(y.to(tl.int16, bitcast=True).to(tl.int32))
     else:
         y = _decoded(
-            x, stride, qscales, qglobal, b0, root, row, col, rows, cols, R, N, E, W, EVEN, QBR, QBC, QE8M0, BACK
+            x, stride, qscales, qglobal, back, root, row, col, rows, cols, R, N, E, W, EVEN, QBR, QBC, QE8M0, BACK
         )
     if ROT > 1:
         if SIGNED:
             i = tl.arange(0, R * N // E) % (N // E) * E % ROT
-            word = tl.where(i < 32, s0, tl.where(i < 64, s1, tl.where(i < 96, s2, s3))) >> (i & 31)
+            word = word_of(i, signs, ROT) >> (i & 31)
             j = tl.arange(0, E) % ROT  # where a rotation is smaller than a block
             y = a.floats(a.bits(y) ^ ((word[:, None] << (31 - j)[None, :]) & -2147483648))
         y = a.rotate(y, R * N // E, E, ROT)
     return y
 
 
-@triton.jit(do_not_specialize=[*_SIGNS, "b0"])
+@triton.jit
 def amax_kernel(
-    x, stride, qscales, qglobal, b0, root, rows, cols, s0, s1, s2, s3, top,
+    x, stride, qscales, qglobal, back, root, rows, cols, signs, top,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
     BACK: tl.constexpr, STEPS: tl.constexpr,
@@ -145,8 +143,8 @@ def amax_kernel(
     for step in range(STEPS):
         col = (tl.program_id(0) % strips * STEPS + step) * N
         y = _tile(
-            x, stride, qscales, qglobal, s0, s1, s2, s3, row, col, rows, cols,
-            R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, b0, root,
+            x, stride, qscales, qglobal, signs, row, col, rows, cols,
+            R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root,
         )  # fmt: skip
         found = tl.maximum(found, a.bits(a.largest(y, R * N // E, E)))
     tl.atomic_max(top, tl.max(found, axis=0))
@@ -167,7 +165,7 @@ def _global(i, run, first, second):
 
 
 @triton.jit
-def _thresholds(y, row, col, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
+def _thresholds(y, row, col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
                 R: tl.constexpr, N: tl.constexpr, E: tl.constexpr):  # fmt: skip
     """[G, E] thresholds; one counter for eight elements of a row.
 
@@ -177,7 +175,7 @@ def _thresholds(y, row, col, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_
     c = _global(col // 8 + tl.arange(0, N // 8), column_run, q0, q1)
     index = tl.reshape(r[:, None] * width.to(tl.uint32) + c[None, :], (R * N // E, E // 8))
     index = tl.where((a.every_eighth(y, R * N // E, E) | 1) == 0, 0, index)
-    w0, w1, w2, w3 = a.philox_of(index, k0, k1, c1, c2, c3)
+    w0, w1, w2, w3 = a.philox_of(index, k0, k1, tl.load(when), tl.load(when + 1), c3)
     return a.thresholds(w0, w1, w2, w3, R * N // E, E)
 
 
@@ -217,18 +215,6 @@ def _block_sum(z, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.cons
 
 
 @triton.jit
-def _quest_step(y, factor, STD: tl.constexpr, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr):
-    """[G] factor * standard deviation (or root mean square)."""
-    exponent = (a.bits(_block_amax(y, R, N, E, BR)) >> 23) & 0xFF
-    unit = a.decode_e8m0(exponent)
-    z = y * tl.div_rn(1.0, unit)[:, None]
-    n = tl.full((R * N // E,), BR * E, tl.float32)
-    if STD:
-        z = z - tl.div_rn(_block_sum(z, R, N, E, BR), n)[:, None]
-    return tl.sqrt_rn(tl.div_rn(_block_sum(z * z, R, N, E, BR), n)) * factor * unit
-
-
-@triton.jit
 def _store_codes(words, codes, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr):
     """[G, E/8] words of eight codes -> codes [rows, cols / 8] of the same words."""
     r = row + tl.arange(0, R)[:, None]
@@ -250,7 +236,7 @@ def _store_scales(stored, scales, row, col, rows, cols, R: tl.constexpr, N: tl.c
     r = tl.arange(0, R // BR)[:, None]
     c = col // E + tl.arange(0, N // E)[None, :]
     to = scales + (row.to(tl.int64) // BR * (cols // E) + r * (cols // E) + c)
-    value = stored if stored.dtype == tl.float32 else stored.to(tl.uint8)
+    value = stored.to(scales.dtype.element_ty)
     if EVEN:
         tl.store(to, value)
     else:
@@ -274,111 +260,79 @@ def _store_carrier(level, y, scale, values, row, col, rows, cols, R: tl.constexp
 
 @triton.jit
 def _side(
-    x, stride, qscales, qglobal, b0, root, s0, s1, s2, s3, outer, codes, scales, values, top, row, col, rows, cols,
-    numerator, inverse_v, v, before, finer, factor, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
+    x, stride, qscales, qglobal, back, root, signs, outer, codes, scales, values, top, row, col, rows, cols,
+    numerator, inverse_v, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
-    RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, NONZERO: tl.constexpr,
+    RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, NONZERO: tl.constexpr,
     READ: tl.constexpr, P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr,
     QE8M0: tl.constexpr, BACK: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
 ):  # fmt: skip
-    """Quantize one tile. RULE 0: E4M3 of the block's amax; 6: the better of it and 1.5 of it; 1 to 5: `power_byte`;
-    7: MS-EDEN, whose corrected scales stay fp32 here, their largest bits go to `top`. ROUND 0: nearest, 1: stochastic.
-    outer: bits of the tensor's amax, under E4M3 scales, whose decode scale goes to `top`.
-    CARRIER 0: none, 1: in bf16, 2: one will be made in FP8, which needs the largest byte in `top`.
+    """Quantize one tile under E4M3 scales. RULE 0: of the block's amax; 6: the better of it and 1.5 of it. ROUND 0:
+    nearest, 1: stochastic. outer: bits of the tensor's amax;  top: becomes its decode scale;  CARRIER: in bf16.
     """
     G: tl.constexpr = R * N // E
     y = _tile(
-        x, stride, qscales, qglobal, s0, s1, s2, s3, row, col, rows, cols,
-        R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, b0, root,
+        x, stride, qscales, qglobal, signs, row, col, rows, cols,
+        R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root,
     )  # fmt: skip
-    if RULE == 7:
-        q = tl.div_rn(_block_amax(y, R, N, E, BR), v)
-        u = tl.abs(y * tl.where(q < a.FLT_MIN, 0.0, tl.div_rn(1.0, q))[:, None])
-        level, index = a.nearest(u)
-        uc = a.row_tree_sum(u * level, G, E)
-        s = tl.div_rn(a.row_tree_sum(u * u, G, E), uc)
-        corrected = q * tl.where(uc == 0.0, 1.0, s)
-        _store_codes(a.pack(index, y, G, E), codes, row, col, rows, cols, R, N, EVEN)
-        _store_scales(corrected, scales, row, col, rows, cols, R, N, E, BR, EVEN)
-        largest = tl.max(a.magnitude_bits(corrected), axis=0)
-        tl.atomic_max(top, largest)
-        if largest >= 0x7F800000:  # something is NaN: its code has no sign
-            words = a.pack(tl.where(u == u, index, 0x70000000), tl.where(u == u, y, 0.0), G, E)
-            _store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
+    amax = a.floats(tl.minimum(tl.load(outer) & 0x7FFFFFFF, 0x7F800000))
+    s_enc, unit = _outer_scale(amax, numerator)
+    if (row == 0) & (col == 0):
+        tl.store(top, tl.where(a.bits(amax) < 0x7F800000, unit, float("nan")))
+    raw = _block_amax(y, R, N, E, BR) * (s_enc * inverse_v)
+    stored = a.encode_e4m3(raw)
+    if NONZERO:
+        stored = tl.maximum(stored, 1)
+    scale = a.decode_e4m3(stored)
+    multiplier = a.below(tl.div_rn(1.0, scale * unit), a.FLT_MAX)
+    u = a.at_most(tl.abs(y * multiplier[:, None]), 6.0)
+    if ROUND == 1:
+        noise = _thresholds(y, row, col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E)
+        level, index = a.stochastic(u, noise)
     else:
-        if (RULE == 0) | (RULE == 6):
-            amax = a.floats(tl.minimum(tl.load(outer), 0x7F800000))
-            s_enc, unit = _outer_scale(amax, numerator)
-            if (row == 0) & (col == 0):
-                tl.store(top, tl.where(a.bits(amax) < 0x7F800000, unit, float("nan")))
-            raw = _block_amax(y, R, N, E, BR) * (s_enc * inverse_v)
-            stored = a.encode_e4m3(raw)
-            if NONZERO:
-                stored = tl.maximum(stored, 1)
-            scale = a.decode_e4m3(stored)
-            multiplier = a.below(tl.div_rn(1.0, scale * unit), a.FLT_MAX)
-        else:
-            if RULE >= 4:
-                found = _quest_step(y, factor, STD, R, N, E, BR) + 1e-8
-            else:
-                found = _block_amax(y, R, N, E, BR)
-            stored = a.power_byte(found, RULE, finer, 2, 0x400000)  # of 6
-            scale = a.decode_e8m0(stored)
-            multiplier = tl.div_rn(1.0, scale)
-            if RULE == 3:
-                multiplier = multiplier * 6.0
-            multiplier = a.below(multiplier, a.FLT_MAX)
-        z = y * before if RULE == 1 else y
-        u = a.at_most(tl.abs(z * multiplier[:, None]), 6.0)
-        if ROUND == 1:
-            noise = _thresholds(y, row, col, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E)
-            level, index = a.stochastic(u, noise)
-        else:
-            level, index = a.nearest(u)
-        if RULE == 6:
-            stored_4 = a.encode_e4m3(raw * 1.5)
-            scale_4 = a.decode_e4m3(stored_4)
-            multiplier = a.below(tl.div_rn(1.0, scale_4 * unit), a.FLT_MAX)
-            level_4, index_4 = a.nearest(a.at_most(tl.abs(y * multiplier[:, None]), 6.0))
-            better = _error(y, level_4, scale_4, unit, METRIC, R, N, E, BR) < _error(
-                y, level, scale, unit, METRIC, R, N, E, BR
-            )
-            stored = tl.where(better, stored_4, stored)
-            scale = tl.where(better, scale_4, scale)
-            level = tl.where(better[:, None], level_4, level)
-            index = tl.where(better[:, None], index_4, index)
-        if CODES:
-            words = a.pack(index, y, G, E)
-            words = tl.where((scale == scale)[:, None], words, 0x77777777)  # a NaN has no sign
-            _store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
-            _store_scales(stored, scales, row, col, rows, cols, R, N, E, BR, EVEN)
-        if CARRIER == 1:
-            _store_carrier(level, y, scale, values, row, col, rows, cols, R, N, E, EVEN)
-        if CARRIER == 2:
-            tl.atomic_max(top, tl.max(tl.where(stored == 255, 0, stored), axis=0))
+        level, index = a.nearest(u)
+    if RULE == 6:
+        stored_4 = a.encode_e4m3(raw * 1.5)
+        scale_4 = a.decode_e4m3(stored_4)
+        multiplier = a.below(tl.div_rn(1.0, scale_4 * unit), a.FLT_MAX)
+        level_4, index_4 = a.nearest(a.at_most(tl.abs(y * multiplier[:, None]), 6.0))
+        better = _error(y, level_4, scale_4, unit, METRIC, R, N, E, BR) < _error(
+            y, level, scale, unit, METRIC, R, N, E, BR
+        )
+        stored = tl.where(better, stored_4, stored)
+        scale = tl.where(better, scale_4, scale)
+        level = tl.where(better[:, None], level_4, level)
+        index = tl.where(better[:, None], index_4, index)
+    if CODES:
+        words = a.pack(index, y, G, E)
+        words = tl.where((scale == scale)[:, None], words, 0x77777777)  # a NaN has no sign
+        _store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
+        _store_scales(stored, scales, row, col, rows, cols, R, N, E, BR, EVEN)
+    if CARRIER:
+        _store_carrier(level, y, scale, values, row, col, rows, cols, R, N, E, EVEN)
 
 
-@triton.jit(do_not_specialize=[*_PLACE, *_SIGNS, "b0"])
+@triton.jit(do_not_specialize=PLACE)
 def quantize_kernel(
-    x, stride, qscales, qglobal, b0, root, rows, cols, s0, s1, s2, s3, outer, codes, scales, values, top,
-    numerator, inverse_v, v, before, finer, factor, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
+    x, stride, qscales, qglobal, back, root, rows, cols, signs, outer, codes, scales, values, top,
+    numerator, inverse_v, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
-    RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, NONZERO: tl.constexpr,
+    RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, NONZERO: tl.constexpr,
     READ: tl.constexpr, P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr,
     QE8M0: tl.constexpr, BACK: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
 ):  # fmt: skip
     """One tile of one matrix; see `_side`."""
     across = tl.cdiv(cols, N)
     _side(
-        x, stride, qscales, qglobal, b0, root, s0, s1, s2, s3, outer, codes, scales, values, top,
-        tl.program_id(0) // across * R, tl.program_id(0) % across * N, rows, cols, numerator, inverse_v, v, before,
-        finer, factor, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
-        R, N, E, BR, ROT, SIGNED, RULE, METRIC, ROUND, STD, NONZERO, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, CODES,
+        x, stride, qscales, qglobal, back, root, signs, outer, codes, scales, values, top,
+        tl.program_id(0) // across * R, tl.program_id(0) % across * N, rows, cols, numerator, inverse_v,
+        k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+        R, N, E, BR, ROT, SIGNED, RULE, METRIC, ROUND, NONZERO, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, CODES,
         CARRIER,
     )  # fmt: skip
 
 
-_BOTH = [*_PLACE, *_SIGNS, *("t_" + name for name in (*_PLACE, *_SIGNS))]
+_BOTH = [*PLACE, *("t_" + name for name in PLACE)]
 
 
 @triton.jit
@@ -398,15 +352,15 @@ def _of_pair(rows, cols, R: tl.constexpr, N: tl.constexpr, T_R: tl.constexpr, T_
 @triton.jit(do_not_specialize=_BOTH)
 def pair_kernel(
     x, stride, words, word_stride, rows, cols,
-    s0, s1, s2, s3, outer, codes, scales, values, top, numerator, inverse_v, v, before, finer, factor, k0, k1, c1,
-    c2, c3, width, row_run, r0, r1, column_run, q0, q1,
-    t_s0, t_s1, t_s2, t_s3, t_outer, t_codes, t_scales, t_values, t_top, t_numerator, t_inverse_v, t_v, t_before,
-    t_finer, t_factor, t_k0, t_k1, t_c1, t_c2, t_c3, t_width, t_row_run, t_r0, t_r1, t_column_run, t_q0, t_q1,
+    signs, outer, codes, scales, values, top, numerator, inverse_v, k0, k1, when,
+    c3, width, row_run, r0, r1, column_run, q0, q1,
+    t_signs, t_outer, t_codes, t_scales, t_values, t_top, t_numerator, t_inverse_v,
+    t_k0, t_k1, t_when, t_c3, t_width, t_row_run, t_r0, t_r1, t_column_run, t_q0, t_q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
-    RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, NONZERO: tl.constexpr, P:
+    RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, NONZERO: tl.constexpr, P:
     tl.constexpr, W: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
     T_R: tl.constexpr, T_N: tl.constexpr, T_E: tl.constexpr, T_BR: tl.constexpr, T_ROT: tl.constexpr, T_SIGNED:
-    tl.constexpr, T_RULE: tl.constexpr, T_METRIC: tl.constexpr, T_ROUND: tl.constexpr, T_STD: tl.constexpr,
+    tl.constexpr, T_RULE: tl.constexpr, T_METRIC: tl.constexpr, T_ROUND: tl.constexpr,
     T_NONZERO: tl.constexpr, T_P: tl.constexpr, T_W: tl.constexpr, T_CODES: tl.constexpr, T_CARRIER: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -414,24 +368,24 @@ def pair_kernel(
     turned, row, col = _of_pair(rows, cols, R, N, T_R, T_N)
     if turned:
         _side(
-            words, word_stride, words, words, 0, 1.0, t_s0, t_s1, t_s2, t_s3, t_outer, t_codes, t_scales, t_values,
-            t_top, row, col, cols, rows, t_numerator, t_inverse_v, t_v, t_before, t_finer, t_factor, t_k0, t_k1, t_c1,
-            t_c2, t_c3, t_width, t_row_run, t_r0, t_r1, t_column_run, t_q0, t_q1, T_R, T_N, T_E, T_BR, T_ROT,
-            T_SIGNED, T_RULE, T_METRIC, T_ROUND, T_STD, T_NONZERO, 1, T_P, T_W, EVEN, 1, 16, False, 1, T_CODES,
+            words, word_stride, words, words, 0, 1.0, t_signs, t_outer, t_codes, t_scales, t_values,
+            t_top, row, col, cols, rows, t_numerator, t_inverse_v, t_k0, t_k1,
+            t_when, t_c3, t_width, t_row_run, t_r0, t_r1, t_column_run, t_q0, t_q1, T_R, T_N, T_E, T_BR, T_ROT,
+            T_SIGNED, T_RULE, T_METRIC, T_ROUND, T_NONZERO, 1, T_P, T_W, EVEN, 1, 16, False, 1, T_CODES,
             T_CARRIER,
         )  # fmt: skip
     else:
         _side(
-            x, stride, x, x, 0, 1.0, s0, s1, s2, s3, outer, codes, scales, values, top, row, col, rows, cols,
-            numerator, inverse_v, v, before, finer, factor, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run,
-            q0, q1, R, N, E, BR, ROT, SIGNED, RULE, METRIC, ROUND, STD, NONZERO, 0, P, W, EVEN, 1, 16, False, 1,
+            x, stride, x, x, 0, 1.0, signs, outer, codes, scales, values, top, row, col, rows, cols,
+            numerator, inverse_v, k0, k1, when, c3, width, row_run, r0, r1, column_run,
+            q0, q1, R, N, E, BR, ROT, SIGNED, RULE, METRIC, ROUND, NONZERO, 0, P, W, EVEN, 1, 16, False, 1,
             CODES, CARRIER,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*_SIGNS, *("t_" + name for name in _SIGNS)])
+@triton.jit
 def pair_amax_kernel(
-    x, stride, words, word_stride, rows, cols, s0, s1, s2, s3, top, t_s0, t_s1, t_s2, t_s3, t_top,
+    x, stride, words, word_stride, rows, cols, signs, top, t_signs, t_top,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, P: tl.constexpr,
     W: tl.constexpr, T_R: tl.constexpr, T_N: tl.constexpr, T_E: tl.constexpr, T_ROT: tl.constexpr,
     T_SIGNED: tl.constexpr, T_P: tl.constexpr, T_W: tl.constexpr, EVEN: tl.constexpr,
@@ -440,50 +394,13 @@ def pair_amax_kernel(
     turned, row, col = _of_pair(rows, cols, R, N, T_R, T_N)
     if turned:
         y_t = _tile(
-            words, word_stride, words, words, t_s0, t_s1, t_s2, t_s3, row, col, cols, rows, T_R, T_N, T_E,
+            words, word_stride, words, words, t_signs, row, col, cols, rows, T_R, T_N, T_E,
             T_ROT, T_SIGNED, 1, T_P, T_W, EVEN, 1, 16, False,
         )  # fmt: skip
         tl.atomic_max(t_top, tl.max(a.bits(a.largest(y_t, T_R * T_N // T_E, T_E)), axis=0))
     else:
         y = _tile(
-            x, stride, x, x, s0, s1, s2, s3, row, col, rows, cols, R, N, E, ROT, SIGNED, 0, P, W, EVEN, 1, 16,
+            x, stride, x, x, signs, row, col, rows, cols, R, N, E, ROT, SIGNED, 0, P, W, EVEN, 1, 16,
             False, 1,
         )  # fmt: skip
         tl.atomic_max(top, tl.max(a.bits(a.largest(y, R * N // E, E)), axis=0))
-
-
-@triton.jit(do_not_specialize=_PLACE)
-def eden_kernel(
-    codes, corrected, largest, scales, values, s_dec, number, blocks, budget, k0, k1, c1, c2, c3, width, row_run, r0,
-    r1, column_run, q0, q1, B: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
-):  # fmt: skip
-    """MS-EDEN once the largest corrected scale is known (its bits): fp32 block scales / S_dec -> E4M3, stochastically,
-    one word of noise for each of `number` blocks of 16; their bytes, or the bf16 carrier, or both; S_dec itself.
-    """
-    first = tl.program_id(0).to(tl.int64) * B
-    i = tl.arange(0, B)
-    inside = first + i < number
-    found = tl.load(corrected + first + i, mask=inside, other=0.0)
-    if CARRIER:
-        two = tl.arange(0, 2)[None, :, None]
-        words = tl.load(codes + first * 2 + (i[:, None, None] * 2 + two), mask=inside[:, None, None], other=0)
-    largest = a.floats(tl.minimum(tl.load(largest), 0x7F800000))
-    shared = tl.div_rn(largest, budget)
-    divisor = tl.where(shared == 0.0, 1.0, shared)
-    if first == 0:
-        tl.store(s_dec, tl.where((a.bits(shared) & 0x7FFFFFFF) < 0x7F800000, divisor, float("nan")))
-    g = (first + i).to(tl.int32)
-    r = _global(g // blocks, row_run, r0, r1)
-    c = _global(g % blocks, column_run, q0, q1)
-    block = r.to(tl.uint64) * width.to(tl.uint32) + c
-    w0, w1, w2, w3 = a.philox_of((block // 4).to(tl.uint32), k0, k1, c1, c2, c3)
-    which = (block % 4).to(tl.int32)
-    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    wanted = tl.div_rn(found, divisor)
-    byte = a.encode_e4m3_stochastic(wanted, word)
-    if CODES:
-        tl.store(scales + first + i, byte.to(tl.uint8), mask=inside)
-    if CARRIER:
-        level = a.unpack(words, B, 2) * a.decode_e4m3(byte)[:, None]
-        pair = tl.arange(0, 8)[None, :]
-        tl.store(values + first * 8 + i[:, None] * 8 + pair, a.bf16_pairs(level, B, 16), mask=inside[:, None])

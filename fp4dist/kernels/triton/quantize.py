@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.triton.carriers import FP8_TYPES, carrier_of
+from fp4dist.kernels.triton.amaxes import largest_both
+from fp4dist.kernels.triton.counters import zeroed
 from fp4dist.kernels.triton.filters import original
 from fp4dist.kernels.triton.launch import integer, launch
-from fp4dist.kernels.triton.programs import amax_kernel, eden_kernel, pair_amax_kernel, pair_kernel, quantize_kernel
-from fp4dist.kernels.triton.signs import Words, sign_words
+from fp4dist.kernels.triton.noise import place
+from fp4dist.kernels.triton.programs import amax_kernel, pair_amax_kernel, pair_kernel, quantize_kernel
+from fp4dist.kernels.triton.signs import has_signs, sign_words
 from fp4dist.numerics.grouping import ReduceMax
-from fp4dist.numerics.rng import MASK, run_words
-from fp4dist.numerics.scales import QUEST_E2M1, fp32, target_max
+from fp4dist.numerics.handed import handed
+from fp4dist.numerics.scales import fp32, target_max
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
-from fp4dist.spec.blocks import AbsMax, Ceil, Eden, Floor, FourOverSix, Hadamard, Nearest, Quest, Stochastic
+from fp4dist.spec.blocks import AbsMax, FourOverSix, Hadamard, Nearest, Stochastic
 from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
 
@@ -39,10 +41,10 @@ class _Source(NamedTuple):
     stride: int
     shape: tuple[int, int]
     codes: BlockScaledTensor | None = None
-    turn: tuple[int, int] = (1, 0)
+    turn: tuple[int, Tensor | None] = (1, None)
 
     @classmethod
-    def of(cls, source: Tensor | BlockScaledTensor, turn: tuple[int, int] = (1, 0)) -> _Source:
+    def of(cls, source: Tensor | BlockScaledTensor, turn: tuple[int, Tensor | None] = (1, None)) -> _Source:
         if not isinstance(source, Tensor):
             columns, rows = source.shape
             codes = source.codes if source.codes.stride(1) == 1 else source.codes.contiguous()
@@ -60,7 +62,8 @@ class _Source(NamedTuple):
         """The kernels' first eight parameters."""
         q, (size, signs) = self.codes, self.turn
         scales, shared = (q.scales, q.global_scale) if q else (self.tensor, self.tensor)
-        return self.tensor, self.stride, scales, shared, signs, fp32(size**-0.5), *self.shape
+        back = self.tensor if signs is None else signs
+        return self.tensor, self.stride, scales, shared, back, fp32(size**-0.5), *self.shape
 
     def layout(self) -> tuple[Any, ...]:
         """All that decides which compiled kernel reads it: of its size only what tiles and Triton ask for."""
@@ -92,18 +95,13 @@ def why_not(spec: QuantSpec) -> str | None:
     rows, columns = spec.shape
     lacks = (
         (spec.format.element != E2M1, f"elements {spec.format.element.name}"),
-        (spec.format.scale.name not in ("e4m3", "e8m0"), f"{spec.format.scale.name} scales"),
+        (spec.format.scale.name != "e4m3", f"{spec.format.scale.name} scales"),
         ((rows, columns) not in ((1, 16), (1, 32), (16, 16), (32, 32)), f"blocks {[rows, columns]}"),
-        (spec.format.scale.name == "e4m3" and spec.above != "tensor", f"outer {spec.above}"),
-        (not isinstance(spec.rule, AbsMax | FourOverSix | Floor | Ceil | Quest), f"scale rule {spec.rule.kind}"),
-        (isinstance(spec.rule, Quest) and spec.format.scale.name == "e4m3", "quest under E4M3 scales"),
+        (spec.above != "tensor", f"outer {spec.above}"),
+        (not isinstance(spec.rule, AbsMax | FourOverSix), f"scale rule {spec.rule.kind}"),
         (spec.samples > 1, "several samples"),
-        (not isinstance(spec.rounding, Nearest | Stochastic | Eden), f"rounding {spec.rounding.kind}"),
+        (not isinstance(spec.rounding, Nearest | Stochastic), f"rounding {spec.rounding.kind}"),
         (isinstance(spec.rounding, Nearest) and spec.rounding.ties != "even", "ties other than to even"),
-        (isinstance(spec.rounding, Eden) and spec.rounding.align != "post_hoc", "eden with align: pre"),
-        (isinstance(spec.rounding, Eden) and spec.rounding.four_over_six != "none", "eden with four-over-six"),
-        (isinstance(spec.rounding, Eden) and spec.rounding.group != "block", "eden with group: rotation"),
-        (isinstance(spec.rounding, Eden) and spec.rounding.truncate > 0, "eden with truncate"),
         (isinstance(spec.rounding, Stochastic) and isinstance(spec.rule, FourOverSix), "four-over-six under noise"),
         (spec.has_parts, "operands in parts"),
     )
@@ -130,12 +128,12 @@ def quantize_pair(
     """The operands of x [T, O] and of x^T [O, T]; bits as of two calls of `quantize`.
 
     One launch finds the amax of both, and one writes both where reading x is what takes the time; where arithmetic is
-    (noise, MS-EDEN, small carriers), two launches need fewer registers each and are faster.
+    (noise), two launches need fewer registers each and are faster.
     """
     if x.stride(1) != 1:
         x = x.contiguous()
     jobs = _Job(x, row), _Job(x.t(), column)
-    if all(job.form.amax is not None for job in jobs):
+    if all(job.known is None for job in jobs):
         _measure_pair(*jobs)
     else:
         for job in jobs:
@@ -176,7 +174,7 @@ def requantize(
         raise ValueError(f"requantize needs codes in the original basis, or that basis, got rotation {q.rotation}")
     if q.rotation > 32 or (spec.rotation is not None and spec.rotation.size > _BACK[1]):
         return quantize(original(q, back[0], back[1]).t(), spec, key, reduce_max, want=want)
-    source = _Source.of(q, (q.rotation, _signs(*back)[0]))
+    source = _Source.of(q, (q.rotation, sign_words(*back, q.codes.device)))
     return _run(_Job(source, Side(spec, key, reduce_max, want)))
 
 
@@ -189,7 +187,7 @@ def _run(job: _Job) -> BlockScaledTensor | Carrier:
 def amax(x: Tensor) -> Tensor:
     """[] fp32 max |x| of a tensor of any shape; NaN if any element is."""
     src = _Source.of(x.reshape(-1, x.shape[-1] if x.dim() > 1 else x.numel()))
-    return _largest(_Amax.of(src, 16, 1, False), src, (0, 0, 0, 0)).view(torch.float32)
+    return _largest(_Amax.of(src, 16, 1, False), src, sign_words(None, None, x.device)).view(torch.float32)
 
 
 # (rows, columns) of a tile and warps, by how the matrix is read (READ of `programs`) and the columns of a block: the
@@ -200,14 +198,13 @@ _TILES = {
 }  # fmt: skip
 _WIDE = {(1, 16): (64, 128, 8)}  # for rotations that do not fit into the columns above
 _BACK = (128, 64, 4)  # for codes that are turned back: a warp has 32 rows side by side
-_EDEN = {(0, 16): (16, 128, 4)}  # more registers a block
 _STRIP = 1024  # columns that a program looks through for the amax
 
 
-def _tile(src: _Source, block: tuple[int, int], rotation: int, signed: bool, eden: bool = False) -> dict[str, Any]:
+def _tile(src: _Source, block: tuple[int, int], rotation: int, signed: bool) -> dict[str, Any]:
     """The constants that every kernel has for its tile of `src`, and the options of its launch."""
     kind = src.read, block[1]
-    rows, columns, warps = _EDEN.get(kind, _TILES[kind]) if eden else _TILES[kind]
+    rows, columns, warps = _TILES[kind]
     if columns < rotation:
         rows, columns, warps = _WIDE[kind]
     if src.turn[0] > 1:
@@ -256,12 +253,12 @@ def _width(columns: int) -> int:
 _AMAX: dict[Hashable, _Amax] = {}
 
 
-def _largest(amax: _Amax, src: _Source, signs: Words) -> Tensor:
+def _largest(amax: _Amax, src: _Source, signs: Tensor) -> Tensor:
     """[] int32 bits of max |x|; above those of Inf where something is NaN."""
-    top = torch.zeros((), dtype=torch.int32, device=src.tensor.device)
+    top = zeroed(src.tensor.device)[0]
     constants = amax.constants
     programs = _programs(src.shape, constants["R"], constants["N"] * amax.steps)
-    launch(amax_kernel, programs, (*src.arguments(), *signs, top), constants, amax.form)
+    launch(amax_kernel, programs, (*src.arguments(), signs, top), constants, amax.form)
     return top
 
 
@@ -269,7 +266,7 @@ def _largest(amax: _Amax, src: _Source, signs: Words) -> Tensor:
 class _Form:
     """What is the same for all matrices of one layout under one spec.
 
-    scalars   the kernel's arguments from numerator to factor
+    scalars   the kernel's numerator and inverse_v
     form      names the compiled kernel
     """
 
@@ -278,11 +275,8 @@ class _Form:
     constants: dict[str, Any]
     scalars: tuple[float, ...]
     rotation: int
-    power: bool
-    eden: Eden | None
     noisy: bool
-    narrow: bool
-    amax: _Amax | None
+    amax: _Amax
 
     @property
     def light(self) -> bool:
@@ -291,7 +285,7 @@ class _Form:
 
     @classmethod
     def of(cls, src: _Source, spec: QuantSpec, want: Want, signed: bool) -> _Form:
-        form = (_number(spec), want, signed, _width(src.shape[1]), src.layout())
+        form = (_number(spec), want.codes, want.carrier, signed, _width(src.shape[1]), src.layout())
         found = _FORMS.get(form)
         if found is None:
             found = _FORMS[form] = cls._new(src, spec, want, signed, form)
@@ -300,51 +294,28 @@ class _Form:
     @classmethod
     def _new(cls, src: _Source, spec: QuantSpec, want: Want, signed: bool, form: Hashable) -> _Form:
         rule, rounding = spec.rule, spec.rounding
-        power, narrow = spec.format.scale.name == "e8m0", want.carrier in FP8_TYPES
-        if want.carrier is not None and want.carrier != torch.bfloat16 and not (narrow and power):
+        if want.carrier not in (None, torch.bfloat16):
             raise ValueError(f"{spec.label()} has no carrier in {want.carrier}; ask for bf16")
-        eden = rounding if isinstance(rounding, Eden) else None
         rotation = spec.rotation.size if spec.rotation else 1
         rows, cols = src.shape
-        carrier = 2 if narrow else int(want.carrier is not None)
+        carrier = want.carrier is not None
         constants = {
-            "BR": spec.shape[0], "RULE": _rule_number(spec),
+            "BR": spec.shape[0], "RULE": 6 if isinstance(rule, FourOverSix) else 0,
             "METRIC": {"mse": 0, "mae": 1, "absmax": 2}[rule.metric] if isinstance(rule, FourOverSix) else 0,
             "ROUND": int(isinstance(rounding, Stochastic)),
-            "STD": isinstance(rule, Quest) and rule.spread == "std",
-            "NONZERO": isinstance(rule, AbsMax) and rule.nonzero, "CODES": want.codes or narrow or eden is not None,
-            "CARRIER": 0 if eden else carrier, **_tile(src, spec.shape, rotation, signed, eden is not None),
+            "NONZERO": isinstance(rule, AbsMax) and rule.nonzero, "CODES": want.codes,
+            "CARRIER": carrier, **_tile(src, spec.shape, rotation, signed),
         }  # fmt: skip
         r, n = constants["R"], constants["N"]
-        v = target_max(E2M1.max, eden.headroom if eden else getattr(rule, "headroom", 1.0))
-        factor = getattr(rule, "factor", None)
-        scalars = (
-            fp32(fp32(getattr(rule, "budget", 1.0)) * v), fp32(1.0 / v), v,
-            fp32(1.0 / rule.headroom) if isinstance(rule, Floor) else 1.0,
-            fp32(rule.finer_below) if isinstance(rule, Ceil) else 0.0,
-            fp32(QUEST_E2M1 if factor is None else factor),
-        )  # fmt: skip
+        v = target_max(E2M1.max, getattr(rule, "headroom", 1.0))
+        scalars = fp32(fp32(getattr(rule, "budget", 1.0)) * v), fp32(1.0 / v)
         constants["EVEN"] = rows % r == 0 and cols % n == 0
         if constants["RULE"] == 6 and want.codes and carrier:
             constants["maxnreg"] = 128  # a few more, and a quarter fewer warps fit on a multiprocessor
         return cls(
-            spec, ("quantize", form), constants, scalars, rotation, power, eden, isinstance(rounding, Stochastic),
-            narrow, None if power or eden else _Amax.of(src, spec.shape[1], rotation, signed),
+            spec, ("quantize", form), constants, scalars, rotation, isinstance(rounding, Stochastic),
+            _Amax.of(src, spec.shape[1], rotation, signed),
         )  # fmt: skip
-
-
-def _signs(rotation: Hadamard | None, key: Key | None) -> Words:
-    """`sign_words`, drawn once for both operands of a GEMM."""
-    if rotation is None or rotation.signs == "none":
-        return 0, 0, 0, 0
-    if rotation.signs == "fixed" or key is None:
-        return _drawn(rotation)
-    return _drawn(rotation, key.seed, key.layer, key.step, key.micro_batch, key.slot // 2 * 2)
-
-
-@lru_cache(maxsize=1024)
-def _drawn(rotation: Hadamard, *place: int) -> Words:
-    return sign_words(rotation, Key(*place) if place else None)
 
 
 _FORMS: dict[Hashable, _Form] = {}
@@ -366,54 +337,47 @@ class _Job:
     """One matrix, quantized: its outputs, and what a launch that fills them is told.
 
     s_dec     [] fp32 the scale of the tensor
-    counters  [2] int32, 0 at first: MS-EDEN's largest corrected scale, or the largest byte; elements that FP8 loses
-    outer     [] int32 bits of the logical tensor's amax, where the scales need it
+    outer     [] int32 bits of the logical tensor's amax
+    known     [] int32 bits of this tensor's, where it came with one and no rotation comes before its scales
     """
 
     def __init__(self, source: _Source | Tensor | BlockScaledTensor, side: Side) -> None:
         spec, self.key, self.reduce_max, self.want = side
         self.src = src = source if isinstance(source, _Source) else _Source.of(source)
-        self.signs = _signs(spec.rotation, self.key)
-        self.form = form = _Form.of(src, spec, self.want, any(self.signs))
+        amax = handed(source) if isinstance(source, Tensor) and spec.rotation is None else None
+        self.known = None if amax is None else amax.view(torch.int32)
+        self.signs = sign_words(spec.rotation, self.key, src.tensor.device)
+        self.form = form = _Form.of(src, spec, self.want, has_signs(spec.rotation))
         rows, cols = src.shape
         grid = rows // spec.shape[0], cols // spec.shape[1]
         self.device = device = src.tensor.device
-        self.codes = self.scales = self.values = self.corrected = self.counters = self.outer = None
+        self.codes = self.scales = self.values = self.outer = None
         if form.constants["CODES"]:
             self.codes = torch.empty((rows, cols // 8), dtype=torch.int32, device=device)
-        if self.want.codes or form.narrow:
+        if self.want.codes:
             self.scales = torch.empty(grid, dtype=torch.uint8, device=device)
         if self.want.carrier == torch.bfloat16:
             self.values = torch.empty((rows, cols // 2), dtype=torch.int32, device=device)
-        if form.eden:
-            self.corrected = torch.empty(grid, dtype=torch.float32, device=device)
-        if form.narrow or form.eden:
-            self.counters = torch.zeros(2, dtype=torch.int32, device=device)
-        if form.power:
-            self.s_dec = _common_factor(spec, device)
-        else:
-            self.s_dec = torch.empty((), dtype=torch.float32, device=device)
+        self.s_dec = torch.empty((), dtype=torch.float32, device=device)
 
     def measure(self) -> None:
-        """Find the amax, if the scales need it."""
-        if self.form.amax is not None:
-            self.outer = self.reduced(_largest(self.form.amax, self.src, self.signs))
+        """Find the amax."""
+        top = _largest(self.form.amax, self.src, self.signs) if self.known is None else self.known
+        self.outer = self.reduced(top)
 
     def reduced(self, top: Tensor) -> Tensor:
         """Bits of the logical tensor's largest magnitude from those of this shard's; kernels read a NaN's as Inf's."""
         if self.reduce_max is None:
             return top
-        return self.reduce_max(top.clamp(max=0x7F800000).view(torch.float32)).view(torch.int32)
+        return self.reduce_max((top & 0x7FFFFFFF).clamp(max=0x7F800000).view(torch.float32)).view(torch.int32)
 
     def arguments(self) -> tuple[Any, ...]:
         """What changes from call to call, in the order of `quantize_kernel`'s parameters from s0 on."""
         form, none = self.form, self.src.tensor
-        scales = self.corrected if form.eden else self.scales
-        top = self.counters if self.counters is not None else self.s_dec
         return (
-            *self.signs, none if self.outer is None else self.outer, none if self.codes is None else self.codes,
-            none if scales is None else scales, none if self.values is None or form.eden else self.values, top,
-            *form.scalars, *_place(self.key if form.noisy else None, *self.src.shape, 8),
+            self.signs, none if self.outer is None else self.outer, none if self.codes is None else self.codes,
+            none if self.scales is None else self.scales, none if self.values is None else self.values, self.s_dec,
+            *form.scalars, *place(self.key if form.noisy else None, *self.src.shape, 8, self.device),
         )  # fmt: skip
 
     def run(self) -> None:
@@ -425,8 +389,6 @@ class _Job:
     def result(self) -> BlockScaledTensor | Carrier:
         """What was asked for, once the kernel has run."""
         form, spec, carrier = self.form, self.form.spec, None
-        if form.eden:
-            self._round_scales(form.eden)
         if self.values is not None:
             carrier = Carrier(self.values.view(torch.bfloat16), self.s_dec, form.rotation)
         if self.codes is None or self.scales is None:
@@ -434,37 +396,11 @@ class _Job:
             return carrier
         codes = self.codes.view(torch.uint8)
         q = BlockScaledTensor(codes, self.scales, self.s_dec, spec.format, spec.shape, form.rotation)
-        if form.narrow:
-            assert self.want.carrier is not None
-            carrier = carrier_of(q, self.want.carrier, counters=self.counters)
-        if carrier is None:
-            return q
-        return replace(q, carrier=carrier) if self.want.codes else carrier
-
-    def _round_scales(self, eden: Eden) -> None:
-        """MS-EDEN's scales, and its carrier, from codes and corrected scales."""
-        corrected, codes, counters = self.corrected, self.codes, self.counters
-        assert corrected is not None
-        assert codes is not None
-        assert counters is not None
-        number, columns = corrected.numel(), corrected.shape[1]
-        outputs = corrected if self.scales is None else self.scales, corrected if self.values is None else self.values
-        constants = {
-            "B": 256, "CODES": self.scales is not None, "CARRIER": self.values is not None, "num_warps": 4,
-            "enable_fp_fusion": False,
-        }  # fmt: skip
-        launch(
-            eden_kernel, -(-number // 256),
-            (
-                codes, corrected, self.reduced(counters), *outputs, self.s_dec, number, columns, eden.budget,
-                *_place(self.key, *corrected.shape, 16),
-            ),
-            constants, ("eden", self.form.form, integer(number), integer(columns)),
-        )  # fmt: skip
+        return q if carrier is None else replace(q, carrier=carrier)
 
 
 _BOTH = ("R", "N", "E", "ROT", "SIGNED", "P", "W")  # constants of a pair's amax
-_TOLD = (*_BOTH[:3], "BR", "ROT", "SIGNED", "RULE", "METRIC", "ROUND", "STD", "NONZERO", "P", "W", "CODES", "CARRIER")
+_TOLD = (*_BOTH[:3], "BR", "ROT", "SIGNED", "RULE", "METRIC", "ROUND", "NONZERO", "P", "W", "CODES", "CARRIER")
 
 
 def _launch_pair(
@@ -486,58 +422,18 @@ def _launch_pair(
 
 def _measure_pair(row: _Job, column: _Job) -> None:
     """The amax of x and of x^T, in the bases that they are quantized in, from one reading."""
-    tops = torch.zeros(2, dtype=torch.int32, device=row.device)
-    first, second = tops.unbind()
-    _launch_pair(pair_amax_kernel, row, column, (*row.signs, first, *column.signs, second), _BOTH, "pair amax")
+    src, rotation = column.src, column.form.rotation
+    if row.form.rotation == 1 < rotation:
+        signed = column.form.constants["SIGNED"]
+        first, second = largest_both(
+            src.tensor, src.stride, src.shape, src.layout(), rotation, column.signs, signed
+        )  # fmt: skip
+    else:
+        first, second = zeroed(row.device)[0], zeroed(row.device)[0]
+        _launch_pair(pair_amax_kernel, row, column, (row.signs, first, column.signs, second), _BOTH, "pair amax")
     row.outer, column.outer = row.reduced(first), column.reduced(second)
 
 
 @lru_cache(maxsize=64)
 def _constant(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, device=device)
-
-
-def _rule_number(spec: QuantSpec) -> int:
-    rule = spec.rule
-    if isinstance(spec.rounding, Eden):
-        return 7
-    if isinstance(rule, Ceil):
-        return 2 if rule.of == "ratio" else 3
-    if isinstance(rule, Quest):
-        return 4 if rule.power == "floor" else 5
-    return {AbsMax: 0, Floor: 1, FourOverSix: 6}[type(rule)]
-
-
-def _common_factor(spec: QuantSpec, device: torch.device) -> Tensor:
-    """[] what every value is multiplied with after its power of two."""
-    if isinstance(spec.rule, Floor):
-        return _constant(fp32(spec.rule.headroom), device)
-    return _constant(fp32(1.0 / E2M1.max) if isinstance(spec.rule, Ceil) and spec.rule.of == "amax" else 1.0, device)
-
-
-def _place(key: Key | None, rows: int, cols: int, group: int) -> tuple[int, ...]:
-    """The noise parameters of a shard of [rows, cols] in groups of `group` columns (cols: of groups, if group is a
-    block's): key, counter words, global width, and the runs of rows and columns.
-    """
-    if key is None:
-        return (0, 0, 0, 0, 0, 1, rows, 0, 0, cols, 0, 0)
-    if len(key.row_runs) > 2 or len(key.column_runs) > 2:
-        raise ValueError(f"at most two runs of rows and columns, got {key.row_runs} and {key.column_runs}")
-    counted = cols // 8 if group == 8 else cols
-    width = key.columns // group if key.columns else counted
-    r = (*key.row_runs, 0)[:2]
-    c = (*(start // group for start in key.column_runs), 0)[:2]
-    return (
-        *map(_int32, (key.seed, key.layer, *run_words(key))),
-        width,
-        rows // len(key.row_runs),
-        *r,
-        counted // len(key.column_runs),
-        *c,
-    )
-
-
-def _int32(word: int) -> int:
-    """The int32 of the same 32 bits, so that the kernel is compiled for one type."""
-    word &= MASK
-    return word - (1 << 32) if word >= 1 << 31 else word

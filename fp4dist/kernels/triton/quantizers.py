@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.triton import carriers, grids
+from fp4dist.kernels.triton import carriers, eden, grids, powers
 from fp4dist.kernels.triton import quantize as fast
+from fp4dist.kernels.triton.quantize import Side
 from fp4dist.numerics.grouping import ReduceMax
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
 from fp4dist.spec.blocks import Hadamard
@@ -18,14 +19,30 @@ from fp4dist.spec.recipe import QuantSpec
 
 
 @lru_cache(maxsize=1024)
+def _taker(spec: QuantSpec) -> Any:
+    """The module whose `quantize` and `requantize` take `spec`: `eden`, `powers`, `quantize`, or else `grids`."""
+    for module in (eden, powers):
+        if module.why_not(spec) is None:
+            return module
+    return fast if fast.why_not(spec) is None else grids
+
+
 def is_fast(spec: QuantSpec) -> bool:
-    """Whether the fast quantizers take `spec`."""
-    return fast.why_not(spec) is None
+    """Whether quantizers that are made for some specs take `spec`."""
+    return _taker(spec) is not grids
 
 
 def why_not(spec: QuantSpec) -> str | None:
-    """What of `spec` neither has, or None."""
-    return None if is_fast(spec) else grids.why_not(spec)
+    """What of `spec` none has, or None."""
+    if is_fast(spec):
+        return None
+    return eden.why_not(spec) if eden.is_eden(spec) else grids.why_not(spec)
+
+
+def why_not_pair(row: QuantSpec, column: QuantSpec) -> str | None:
+    """Why `quantize_pair` cannot take these two specs, or None."""
+    slow = next((spec for spec in (row, column) if not is_fast(spec)), None)
+    return None if slow is None else f"only the general quantizers take {slow.label()}"
 
 
 def quantize(
@@ -38,8 +55,7 @@ def quantize(
     want: Want = CODES,
 ) -> BlockScaledTensor | Carrier:
     """See `fp4dist.numerics.quantize`."""
-    chosen = fast.quantize if is_fast(spec) else grids.quantize
-    return chosen(source, spec, key, reduce_max, toward, want=want)
+    return _taker(spec).quantize(source, spec, key, reduce_max, toward, want=want)
 
 
 def requantize(
@@ -53,8 +69,22 @@ def requantize(
 ) -> BlockScaledTensor | Carrier:
     """See `fp4dist.numerics.requantize`. back: the (rotation, key) whose basis the codes are in."""
     named: dict[str, Any] = {} if back is None else {"back": back}
-    chosen = fast.requantize if is_fast(spec) and _read_by_fast(q) else grids.requantize
-    return chosen(q, spec, key, reduce_max, want=want, **named)
+    taker = _taker(spec) if _read_by_fast(q) else grids
+    return taker.requantize(q, spec, key, reduce_max, want=want, **named)
+
+
+def quantize_pair(
+    x: Tensor, row: Side, column: Side
+) -> tuple[BlockScaledTensor | Carrier, BlockScaledTensor | Carrier]:
+    """The operands of x [T, O] and of x^T [O, T]; bits as of two calls of `quantize`."""
+    taker = _taker(row.spec)
+    if taker is _taker(column.spec):
+        return taker.quantize_pair(x, row, column)
+    return _alone(x, row), _alone(x.t(), column)
+
+
+def _alone(x: Tensor, side: Side) -> BlockScaledTensor | Carrier:
+    return quantize(x, side.spec, side.key, side.reduce_max, want=side.want)
 
 
 def _read_by_fast(q: BlockScaledTensor) -> bool:

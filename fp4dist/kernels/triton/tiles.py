@@ -31,10 +31,10 @@ _TILE, _ROWS, _WARPS = 128, 32, 4
 _BLOCK = 16
 
 
-@triton.jit(do_not_specialize=["s0", "s1", "s2", "s3", *PLACE])
+@triton.jit(do_not_specialize=PLACE)
 def tile_kernel(
-    x, stride, s0, s1, s2, s3, codes, scales, values, outers, rows, cols, numerator, inverse_v,
-    k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1,
+    x, stride, signs, codes, scales, values, outers, rows, cols, numerator, inverse_v,
+    k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, NOISY: tl.constexpr, NONZERO: tl.constexpr,
     CODES: tl.constexpr, CARRIER: tl.constexpr,
@@ -44,7 +44,7 @@ def tile_kernel(
     K: tl.constexpr = N // E  # blocks of an outer tile: it is as wide as the program
     row, col = tl.program_id(0) * R, tl.program_id(1) * N
     y = p._tile(
-        x, stride, x, x, s0, s1, s2, s3, row, col, rows, cols, R, N, E, ROT, SIGNED, READ, P, W, EVEN, 1, E, False
+        x, stride, x, x, signs, row, col, rows, cols, R, N, E, ROT, SIGNED, READ, P, W, EVEN, 1, E, False
     )  # fmt: skip
     found = p._block_amax(y, R, N, E, 1)
     top = tl.minimum(tl.max(tl.reshape(a.magnitude_bits(found), (R, K)), axis=1), 0x7F800000)
@@ -60,7 +60,7 @@ def tile_kernel(
     multiplier = a.below(tl.div_rn(1.0, scale * tl.div_rn(1.0, s_enc)), a.FLT_MAX)
     u = a.at_most(tl.abs(y * multiplier[:, None]), 6.0)
     if NOISY:
-        noise = p._thresholds(y, row, col, k0, k1, c1, c2, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E)
+        noise = p._thresholds(y, row, col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E)
         level, index = a.stochastic(u, noise)
     else:
         level, index = a.nearest(u)
@@ -96,9 +96,9 @@ def quantize(x: Tensor, spec: QuantSpec, key: Key | None, want: Want) -> BlockSc
     read = src.constants()
     noisy = isinstance(spec.rounding, Stochastic)
     tile_kernel[-(-rows // _ROWS), cols // _TILE](
-        src.tensor, src.stride, *sign_words(spec.rotation, key), outers if codes is None else codes,
+        src.tensor, src.stride, sign_words(spec.rotation, key, device), outers if codes is None else codes,
         outers if scales is None else scales, outers if values is None else values, outers, rows, cols,
-        fp32(fp32(spec.rule.budget) * v), fp32(1.0 / v), *place(key if noisy else None, rows, cols, 8),
+        fp32(fp32(spec.rule.budget) * v), fp32(1.0 / v), *place(key if noisy else None, rows, cols, 8, device),
         R=_ROWS, N=_TILE, E=_BLOCK, ROT=rotation,
         SIGNED=spec.rotation is not None and spec.rotation.signs != "none", READ=read["READ"], P=read["P"],
         W=32 * _BLOCK // _TILE, EVEN=rows % _ROWS == 0, NOISY=noisy, NONZERO=spec.rule.nonzero,

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fp4dist import numerics
-from fp4dist.kernels.triton import grids
+from fp4dist.kernels.triton import grids, moments
 from fp4dist.kernels.triton import quantize as fast
 from fp4dist.kernels.triton.matmul import matmul
 from fp4dist.numerics import BlockScaledTensor, Key
-from fp4dist.numerics.grouping import spread
+from fp4dist.numerics.grouping import chunk_of, spread, tree_sum
 from fp4dist.numerics.matmul import _factors
 from fp4dist.numerics.splits import bare
 from fp4dist.numerics.tensor import Carrier, Want
@@ -144,6 +144,21 @@ def of_requantizers(device: torch.device) -> Iterator[str]:
             yield from differences(f"requantize {label}", expected, found)
 
 
+def of_moments(device: torch.device) -> Iterator[str]:
+    """Sums over chunks of even and odd sizes, of what a kernel adds up and of what is left for torch."""
+    for rows, columns in ((256, 1024), (96, 2048), (33, 4096)):
+        x = families(rows, columns)["outliers"].to(torch.bfloat16)
+        chunk = chunk_of(rows), chunk_of(columns)
+        if not moments.has_sums(x, chunk):
+            yield f"no sums over chunks {chunk}"
+            continue
+        y = x.float() * 0.5
+        found = moments.sums(x.to(device), torch.full((1, 1), 2.0, device=device), chunk)
+        for what, total, values in zip(("squares", "magnitudes"), found, (y * y, y.abs()), strict=True):
+            if not same(total.cpu(), tree_sum(values, chunk)):
+                yield f"sums of {what} over {chunk} of {rows} x {columns}"
+
+
 def of_products(device: torch.device) -> Iterator[str]:
     """Products of codes, and of codes and plain matrices, to the rounding of fp32 sums."""
     w = families(32, 256, seed=3)["normal"]
@@ -203,7 +218,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 def main() -> int:
     """Print every difference."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = [d for check in (of_quantizers, of_requantizers, of_shards, of_products) for d in check(device)]
+    found = [d for check in (of_quantizers, of_requantizers, of_shards, of_moments, of_products) for d in check(device)]
     print("\n".join(found) if found else f"no difference in {len(specs())} specs on {device}")
     return bool(found)
 

@@ -73,18 +73,26 @@ def _number(value: float) -> str:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    from fp4dist.kernels.triton import carriers, quantize
+    from fp4dist.kernels.triton import amaxes, carriers, eden, filters, powers, quantize, signs
 
     found = Launches()
     monkeypatch.setattr(quantize, "launch", found)
+    monkeypatch.setattr(amaxes, "launch", found)
     monkeypatch.setattr(carriers, "launch", found)
+    monkeypatch.setattr(signs, "launch", found)
+    monkeypatch.setattr(eden, "launch", found)
+    monkeypatch.setattr(amaxes, "launch", found)
+    monkeypatch.setattr(powers, "launch", found)
+    monkeypatch.setattr(powers, "_has_asm", lambda device: True)
+    monkeypatch.setattr(filters, "launch", found)
+    monkeypatch.setattr(filters, "_has_asm", lambda device: True)
     return found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels are tested instead")
 def test_every_form_of_the_quantizers_is_valid(launches: Launches) -> None:
     from fp4dist.kernels.triton.carriers import to_carrier
-    from fp4dist.kernels.triton.quantize import Side, quantize, quantize_pair, requantize
+    from fp4dist.kernels.triton.quantizers import Side, quantize, quantize_pair, requantize
     from tests.kernels.triton import parity
 
     x = torch.ones((128, 256), dtype=torch.bfloat16)
@@ -94,7 +102,7 @@ def test_every_form_of_the_quantizers_is_valid(launches: Launches) -> None:
             quantize(x, spec, parity.WHOLE, want=want)
         quantize(x.t(), spec, parity.WHOLE)
         if spec.format.scale.name == "e8m0":
-            q = quantize(x, spec, parity.WHOLE, want=Want(True, torch.float8_e5m2))
+            q = quantize(x, spec, parity.WHOLE, want=Want(True, torch.float8_e5m2, mask=True))
             assert isinstance(q, BlockScaledTensor)
             to_carrier(q, torch.float8_e4m3fn)
         for data in parity.FORWARD[::2]:

@@ -15,18 +15,16 @@ from fp4dist.kernels.triton.launch import integer, launch
 class Compiled:
     """Stands for what Triton gives back from a launch."""
 
-    packed_metadata = ()
+    packed_metadata, function = "metadata", "function"
 
     def __init__(self, takes: int) -> None:
         self.takes, self.calls = takes, []
 
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def run(*arguments: object) -> None:
-            if len(arguments) != self.takes:
-                raise TypeError("function takes another number of arguments")
-            self.calls.append((grid, arguments))
-
-        return run
+    def run(self, x: int, y: int, z: int, stream: int, *more: object) -> None:
+        assert (stream, *more[:5]) == (7, "function", "metadata", None, None, None)
+        if len(more) - 5 != self.takes:
+            raise TypeError("function takes another number of arguments")
+        self.calls.append(((x, y, z), more[5:]))
 
 
 class Kernel:
@@ -48,6 +46,7 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_COMPILED", {})
+    monkeypatch.setattr(module, "_stream", lambda: 7)
 
 
 def test_a_form_is_looked_up_once() -> None:

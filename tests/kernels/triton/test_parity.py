@@ -15,7 +15,9 @@ def test_the_interpreted_kernels_have_the_references_bits() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("what", ["quantizers", "requantizers", "rotated_codes", "products", "carriers", "pairs"])
+@pytest.mark.parametrize(
+    "what", ["quantizers", "requantizers", "rotated_codes", "products", "carriers", "pairs", "handed", "signs"]
+)
 def test_the_compiled_kernels_have_the_references_bits(what: str) -> None:
     from tests.kernels.triton import parity
 

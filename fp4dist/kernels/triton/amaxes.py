@@ -1,0 +1,65 @@
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# Triton's own language: its kernels' parameters have no types, branches on constants look like run-time ones.
+"""The amax of a matrix before and after a rotation, from one reading: of x as it is, and of x^T as wgrad rotates it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton import chunks as c
+from fp4dist.kernels.triton.counters import zeroed
+from fp4dist.kernels.triton.launch import integer, launch
+
+_ROWS, _COLUMNS, _CHUNK, _WARPS = 64, 128, 32, 4  # of a program; columns of a thread
+
+
+@triton.jit
+def largest_both_kernel(
+    x, stride, signs, plain, rotated, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+    ROT: tl.constexpr, SIGNED: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Largest magnitude bits of [rows, cols] x into `plain`, and after the rotation into `rotated`; both start at 0.
+
+    x as READ 1 of `chunks` has it
+    """
+    G: tl.constexpr = R // S * N // E
+    across = tl.cdiv(cols, N)
+    row, col = tl.program_id(0) // across * R, tl.program_id(0) % across * N
+    word, scale, flips = c.words_of(
+        x, stride, x, signs, row, col, rows, cols, R, N, E, ROT, SIGNED, 1, S, 1, 16, False, EVEN
+    )
+    before, after = tl.zeros((G,), tl.int32), tl.zeros((G,), tl.int32)
+    for s in range(S):
+        y = c.rows_of(x, stride, x, word, scale, flips, s, row, col, rows, cols, R, N, E, 1, SIGNED, 1, S, False, EVEN)
+        before = tl.maximum(before, a.magnitude_bits(a.largest(y, G, E)))
+        after = tl.maximum(after, a.magnitude_bits(a.largest(a.rotate(y, G, E, ROT), G, E)))
+    tl.atomic_max(plain, tl.max(before, axis=0))
+    tl.atomic_max(rotated, tl.max(after, axis=0))
+
+
+def largest_both(
+    words: Tensor, stride: int, shape: tuple[int, int], layout: Hashable, rotation: int, signs: Tensor, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """([] int32 bits of max |x|, those of max |x| after the rotation of `rotation` columns); above Inf's for a NaN.
+
+    words    x [rows, cols] = `shape` whose rows are contiguous in memory, in words of two bf16 or as it is
+    layout   what, of the words, a compiled kernel depends on
+    """
+    (rows, cols), device = shape, words.device
+    plain, rotated = zeroed(device)[0], zeroed(device)[0]
+    constants = {
+        "R": _ROWS, "N": _COLUMNS, "E": _CHUNK, "ROT": rotation, "SIGNED": signed,
+        "S": 2 if words.dtype == torch.int32 else 1, "EVEN": rows % _ROWS == 0 and cols % _COLUMNS == 0,
+        "num_warps": _WARPS, "enable_fp_fusion": False,
+    }  # fmt: skip
+    arguments = words, stride, signs, plain, rotated, rows, cols
+    form = "largest both", layout, rotation, signed, constants["EVEN"], integer(rows), integer(cols)
+    launch(largest_both_kernel, -(-rows // _ROWS) * -(-cols // _COLUMNS), arguments, constants, form)
+    return plain, rotated

@@ -1,0 +1,296 @@
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# Triton's own language: its kernels' parameters have no types, branches on constants look like run-time ones.
+"""Device code: E2M1 under power-of-two block scales, written at once as codes, as FP8 or bf16 values, and as mask bits.
+
+An FP8 value is code * 2^(block exponent + shift). The shift is remembered: it puts the largest scale of the matrix that
+was quantized here before `HEADROOM` binades below the top of the type. A second, small launch of the same kernel
+(`again`) looks whether that was right. Where a block lies above the top, or elements below the bottom are lost, it
+writes everything anew under the shift of this very matrix; what is lost then, no shift can hold. So neither values nor
+counts depend on what was remembered.
+
+    memory   int32[8], zeros at first and between matrices but for the first:
+             0 largest scale byte of the matrix before; 1 of this one; 2 not 0: the remembered shift does not hold it
+             3 elements lost in the last matrix; 4 programs of `again` that are done; 5 elements that these have lost
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton import power_bits as bits
+from fp4dist.kernels.triton import programs as p
+from fp4dist.kernels.triton.noise import PLACE
+
+MEMORY = 8  # numbers
+HEADROOM = tl.constexpr(3)  # binades by which a matrix's largest scale may grow until it is written twice
+
+
+@triton.jit
+def _store_values(words, values, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr):
+    """[G, E/4] words of four FP8 -> values [rows, cols / 4]."""
+    r = tl.arange(0, R)[:, None]
+    c = col // 4 + tl.arange(0, N // 4)[None, :]
+    to = values + (row.to(tl.int64) * (cols // 4) + r * (cols // 4) + c)
+    if EVEN:
+        tl.store(to, tl.reshape(words, (R, N // 4)))
+    else:
+        tl.store(to, tl.reshape(words, (R, N // 4)), mask=(row + r < rows) & (c < cols // 4))
+
+
+@triton.jit
+def _turned_codes(
+    x, stride, qscales, qglobal, back, root, table, signs, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr,
+    EVEN: tl.constexpr, FLIPS: tl.constexpr, SIGNED: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """[R * N / 32, 32] fp32 values of the transpose of codes x [cols, rows / 2] with E8M0 scales of 32 along rows,
+    turned back from a rotation of 32 along rows (which has signs if FLIPS), and with the signs of one of 32 along
+    columns if SIGNED.
+
+    A thread decodes 32 codes of a row of x, whose scale it shares and whose rotation it can turn back alone; then the
+    tile is turned as a whole. `table` [32] holds `root`; that it is read so that a thread has all of it is what makes
+    Triton give a thread 32 columns.
+    """
+    G: tl.constexpr = R * N // 32
+    factor = tl.reshape(tl.load(tl.broadcast_to(
+        table + (tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]), (G, 8, 4)
+    )), (G, 32))  # fmt: skip
+    t = tl.arange(0, N)[None, :, None]
+    b = tl.arange(0, R // 32)[:, None, None]
+    at = x + (col.to(tl.int64) * stride + row // 8) + (t * stride + b * 4 + tl.arange(0, 4)[None, None, :])
+    place = qscales + (col.to(tl.int64) * (rows // 32) + row // 32)
+    place += tl.arange(0, N)[None, :] * (rows // 32) + tl.arange(0, R // 32)[:, None]
+    if EVEN:
+        words, stored = tl.load(at), tl.load(place)
+    else:
+        words = tl.load(at, mask=(col + t < cols) & (row + b * 32 < rows), other=0)
+        inside = (col + tl.arange(0, N)[None, :] < cols) & (row + tl.arange(0, R // 32)[:, None] * 32 < rows)
+        stored = tl.load(place, mask=inside, other=0)
+    scale = tl.reshape(a.decode_e8m0(stored.to(tl.int32)), (G,))
+    common = tl.load(qglobal) * root
+    if SIGNED:
+        word = tl.broadcast_to((tl.load(signs) >> (tl.arange(0, N) % 32))[None, :], (R // 32, N))
+        common = a.floats(a.bits(common) ^ (tl.reshape(word, (G,)) << 31))[:, None]
+    y = bits.unpacked(tl.reshape(words, (G, 4)), G, ASM) * scale[:, None] * common
+    y = tl.permute(tl.reshape(a.rotate(y, G, 32, 32), (R // 32, N, 32)), (0, 2, 1))
+    y = tl.reshape(y, (R * N // 32, 32)) * factor
+    if FLIPS:
+        word = tl.load(back) >> tl.arange(0, 32)
+        word = tl.broadcast_to(word[None, :, None], (R // 32, 32, N // 32))
+        y = a.floats(a.bits(y) ^ (tl.reshape(word, (G,)) << 31)[:, None])
+    return y
+
+
+@triton.jit
+def _held_codes(x, stride, qscales, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
+    """[R * N / 256, 32] twice: words of the eight codes that 8 rows of the transpose have at 32 columns each, from
+    codes x [cols, rows / 2], and their E8M0 scales, of 32 along rows, in fp32.
+    """
+    G: tl.constexpr = R // 8 * N // 32
+    words = p._turned(x, stride, row, col, rows, cols, R, N, 32, 8, W, True)
+    c = tl.arange(0, N // 32)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
+    r = tl.arange(0, R // 8 // W)[None, None, :, None] * W + tl.arange(0, W)[:, None, None, None]
+    start = qscales + (col.to(tl.int64) * (rows // 32) + row // 32)
+    stored = tl.permute(tl.load(start + (c * (rows // 32) + r // 4)), (2, 0, 1, 3)).to(tl.int32)
+    return tl.reshape(words, (G, 32)), a.decode_e8m0(tl.reshape(stored, (G, 32)))
+
+
+@triton.jit
+def _counters(y, row, col, width, row_run, r0, r1, column_run, q0, q1, R: tl.constexpr, N: tl.constexpr,
+              E: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """[G, E/8] counters of the noise of every S-th row; see `programs._thresholds`."""
+    r = p._global(row + tl.arange(0, R) * S, row_run, r0, r1)
+    c = p._global(col // 8 + tl.arange(0, N // 8), column_run, q0, q1)
+    index = tl.reshape(r[:, None] * width.to(tl.uint32) + c[None, :], (R * N // E, E // 8))
+    return tl.where((a.every_eighth(y, R * N // E, E) | 1) == 0, 0, index)
+
+
+@triton.jit
+def _step(y, amax, factor, STD: tl.constexpr, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr):
+    """[G] factor * standard deviation (or root mean square) of blocks: `programs._quest_step` without divisions."""
+    exponent = (a.bits(amax) >> 23) & 0xFF
+    z = y * a.decode_e8m0(254 - exponent)[:, None]
+    if STD:
+        z = z - (p._block_sum(z, R, N, E, BR) * (1.0 / (BR * E)))[:, None]
+    return tl.sqrt_rn(p._block_sum(z * z, R, N, E, BR) * (1.0 / (BR * E))) * factor * a.decode_e8m0(exponent)
+
+
+@triton.jit
+def _quantized(
+    y, factor, before, finer, row, col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, RULE: tl.constexpr, ROUND: tl.constexpr,
+    STD: tl.constexpr, CLIPS: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """([G, E/8] words of eight codes, [G] scale bytes, [G, E] |u| before saturation, NaN codes' condition)."""
+    G: tl.constexpr = R * N // E
+    found = p._block_amax(y, R, N, E, BR)
+    if RULE >= 4:
+        found = _step(y, found, factor, STD, R, N, E, BR) + 1e-8
+    stored = a.power_byte(found, RULE, finer, 2, 0x400000)  # of 6
+    multiplier = a.decode_e8m0(254 - stored)
+    if RULE == 3:
+        multiplier = a.below(multiplier * 6.0, a.FLT_MAX)
+    z = y * before if RULE == 1 else y
+    full = tl.abs(z) * multiplier[:, None]
+    u = a.at_most(full, 6.0) if CLIPS else full
+    if ROUND == 1:
+        index = tl.reshape(_counters(y, row, col, width, row_run, r0, r1, column_run, q0, q1, R, N, E, S), (G, E // 8))
+        w0, w1, w2, w3 = a.philox_of(index, k0, k1, tl.load(when), tl.load(when + 1), c3)
+        top = bits.drawn(u, bits.noise(w0, w1, w2, w3, G, E), ASM)
+        level = a.e2m1_signed(top & 0x7FFFFFFF)
+    else:
+        level, top = a.nearest(u)
+    words = bits.packed(top, y, G, E, ASM)
+    words = tl.where((stored != 255)[:, None], words, 0x77777777)  # a NaN has no sign
+    return words, stored, full, level
+
+
+@triton.jit
+def _written(
+    y, largest, count, codes, scales, values, inside, row, col, rows, cols, noisy_row, noisy_col, before, finer, factor,
+    k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, RULE: tl.constexpr, ROUND: tl.constexpr,
+    STD: tl.constexpr, CLIPS: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, CODES: tl.constexpr,
+    CARRIER: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """Quantize and write [R * N / E, E] values of a tile at (row, col) of [rows, cols]; the place of its noise is every
+    S-th row from noisy_row on. Returns [G] scale bytes, 0 for NaN, and which blocks lose something below the FP8 type
+    (if AGAIN, they are counted instead).
+    """
+    G: tl.constexpr = R * N // E
+    words, stored, full, level = _quantized(
+        y, factor, before, finer, noisy_row, noisy_col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+        R, N, E, BR, RULE, ROUND, STD, CLIPS, S, ASM,
+    )  # fmt: skip
+    if MASK and not AGAIN:
+        bit = tl.sum((full <= 6.0).to(tl.int32) << tl.arange(0, E)[None, :], axis=1)
+        bit = tl.where(stored == 255, 0, bit)
+        p._store_scales(bit, inside, row, col, rows, cols, R, N, E, 1, EVEN)
+    if CODES and not AGAIN:
+        p._store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
+        p._store_scales(stored, scales, row, col, rows, cols, R, N, E, BR, EVEN)
+    byte = tl.where(stored == 255, 0, stored)
+    low = byte & 0
+    if CARRIER == 16:
+        p._store_carrier(level, y, a.decode_e8m0(stored), values, row, col, rows, cols, R, N, E, EVEN)
+    if (CARRIER == 5) | (CARRIER == 4):
+        HIGHEST: tl.constexpr = 13 if CARRIER == 5 else 6
+        LOWEST: tl.constexpr = -15 if CARRIER == 5 else -8
+        exponent = stored - largest + HIGHEST
+        first, second = bits.levels(exponent, stored, CARRIER)
+        _store_values(bits.values(words, first, second, G, E, ASM), values, row, col, rows, cols, R, N, EVEN)
+        if AGAIN:
+            number = tl.sum(bits.lost(words, LOWEST - exponent, G, E), axis=0)
+            if number > 0:
+                tl.atomic_add(count, number, sem="relaxed")
+        else:
+            some = tl.max(words & 0x77777777, axis=1) != 0
+            low = (some & (exponent < LOWEST)).to(tl.int32)
+    return byte, low
+
+
+@triton.jit
+def _tile(
+    tile, largest, count, x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values,
+    inside, memory, shared, factor_of, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run,
+    q0, q1,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
+    RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
+    BACK: tl.constexpr, FLIPS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
+    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """Tile number `tile` of `power_kernel`. largest: the scale byte at the top of the FP8 type;  count: of losses."""
+    G: tl.constexpr = R * N // E
+    across = tl.cdiv(cols, N)
+    row, col = tile // across * R, tile % across * N
+    if READ == 4:
+        words, scale = _held_codes(x, stride, qscales, row, col, rows, cols, R, N, W)
+        byte = tl.zeros((G // 8,), tl.int32)
+        low = tl.zeros((G // 8,), tl.int32)
+        for i in range(8):
+            y = a.e2m1_signed(words << (28 - 4 * i)) * scale
+            if not UNIT:
+                y = y * tl.load(qglobal)
+            # [rows, cols] is [rows / 8, 8 cols], too
+            more, lower = _written(
+                y, largest, count, codes, scales, values, inside, row // 8, i * cols + col, rows // 8, cols * 8,
+                row + i, col, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+                R // 8, N, E, BR, RULE, ROUND, STD, CLIPS, 8, EVEN, CODES, CARRIER, MASK, ASM, AGAIN,
+            )  # fmt: skip
+            byte, low = tl.maximum(byte, more), low | lower
+    else:
+        if READ == 3:
+            y = _turned_codes(
+                x, stride, qscales, qglobal, back, root, table, signs, row, col, rows, cols, R, N, EVEN, FLIPS, SIGNED,
+                ASM,
+            )  # fmt: skip
+            y = a.rotate(y, G, E, ROT)
+        else:
+            y = p._tile(
+                x, stride, qscales, qglobal, signs, row, col, rows, cols,
+                R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root,
+            )  # fmt: skip
+        byte, low = _written(
+            y, largest, count, codes, scales, values, inside, row, col, rows, cols, row, col, before, finer, factor,
+            k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+            R, N, E, BR, RULE, ROUND, STD, CLIPS, 1, EVEN, CODES, CARRIER, MASK, ASM, AGAIN,
+        )  # fmt: skip
+    if (CARRIER == 5) | (CARRIER == 4):
+        HIGHEST: tl.constexpr = 13 if CARRIER == 5 else 6
+        if tile == 0:
+            tl.store(factor_of, tl.load(shared) * (a.decode_e8m0(tl.minimum(largest, 254)) * (2.0**-HIGHEST)))
+        if not AGAIN:
+            top = tl.max(byte | (low << 8), axis=0)  # one reduction of both
+            wrong = top > largest
+            if top >= 256:
+                top = tl.max(byte, axis=0)
+            tl.atomic_max(memory + 1, top, sem="relaxed")
+            if wrong:
+                tl.atomic_add(count, 1, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=PLACE)
+def power_kernel(
+    x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory, shared,
+    factor_of, lost, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
+    RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
+    BACK: tl.constexpr, FLIPS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
+    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """Tiles of one matrix: codes and scale bytes if CODES, values if CARRIER (16: bf16; 5, 4: e5m2, e4m3), a bit for
+    each element that is not clipped if MASK. RULE and ROUND: of `programs._side`.
+
+    shared      [] fp32 that all values have as a factor;  factor_of   it becomes that of the FP8 values
+    lost        [] int32, becomes the most elements lost so far
+    """
+    tiles = tl.cdiv(rows, R) * tl.cdiv(cols, N)
+    if AGAIN:
+        end = tl.where(tl.load(memory + 2) != 0, tiles, 0)
+        for tile in range(tl.program_id(0), end, tl.num_programs(0)):
+            _tile(
+                tile, tl.load(memory + 1), memory + 5, x, stride, qscales, qglobal, back, root, rows, cols, table,
+                signs, codes, scales, values, inside, memory, shared, factor_of, before, finer, factor, k0, k1, when,
+                c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ,
+                P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN,
+            )  # fmt: skip
+        tl.debug_barrier()
+        if tl.atomic_add(memory + 4, 1) == tl.num_programs(0) - 1:  # the last: for the next matrix
+            tl.atomic_xchg(memory, tl.atomic_xchg(memory + 1, 0))
+            count = tl.atomic_xchg(memory + 5, 0)
+            tl.store(memory + 2, 0)
+            tl.store(memory + 3, count)
+            tl.store(memory + 4, 0)
+            tl.atomic_max(lost, count)
+    else:
+        largest = tl.load(memory) + HEADROOM if (CARRIER == 5) | (CARRIER == 4) else 0
+        _tile(
+            tl.program_id(0), largest, memory + 2, x, stride, qscales, qglobal, back, root, rows, cols, table, signs,
+            codes, scales, values, inside, memory, shared, factor_of, before, finer, factor, k0, k1, when, c3, width,
+            row_run, r0, r1, column_run, q0, q1, R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W, EVEN,
+            QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN,
+        )  # fmt: skip
