@@ -70,15 +70,7 @@ class Codec:
     @property
     def registers(self) -> dict[str, int]:
         """A bound for encoding with corrected scales: more threads at once are worth more than a few spills."""
-        return self._bounded(128)
-
-    @property
-    def recoding_registers(self) -> dict[str, int]:
-        """The same for summing and coding again, which holds more at once."""
-        return self._bounded(168)
-
-    def _bounded(self, most: int) -> dict[str, int]:
-        return {"maxnreg": most} if self.wire.rounding == "eden" and self.thread_run <= 16 else {}
+        return {"maxnreg": 128} if self.wire.rounding == "eden" and self.thread_run <= 16 else {}
 
     def programs(self, number: int, device: torch.device) -> int:
         """Programs for `number` records."""
@@ -164,7 +156,7 @@ def recode(
     )  # fmt: skip
     constants = {
         **_constants(codec, aligned), **_sources(codec, mine, senders, own is not None, bad is not None),
-        "ROUND": _ROUNDINGS[wire.rounding or ""], **codec.recoding_registers,
+        "ROUND": _ROUNDINGS[wire.rounding or ""], **codec.registers,
     }  # fmt: skip
     form = ("wire recode", records.device, mine.dtype, mine.data_ptr() % 16, tuple(constants.values()))
     launch(recode_kernel, codec.programs(number, records.device), arguments, constants, form)
