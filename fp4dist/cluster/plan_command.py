@@ -76,6 +76,8 @@ def _write(args: argparse.Namespace, found: Plan) -> None:
     if best is None:
         print("no run file: no layout of the list comes out even for our engines (layers by pp * vpp, heads by tp)")
         return
+    if found.chosen is not None and found.chosen.layout != best.layout:
+        print(f"{found.chosen.layout.label()} does not come out even for our engines (chunks of pp * vpp, heads by tp)")
     write_run(args.write, found.job, best, args.base, args.recipe)
     print(f"wrote {args.write}: {best.layout.label()}, {best.step_time_s:.4g} s")
 
