@@ -54,6 +54,8 @@ def ensure_launch_variables() -> bool:
     missing = [name for name in required if name not in os.environ]
     if not missing:
         os.environ.setdefault("LOCAL_RANK", "0")
+        if os.environ["MASTER_PORT"] in _chosen:  # of a process group that has ended: somebody may have taken it since
+            _choose_port()
         return False
     if world_size() > 1:
         raise ConfigError(
@@ -63,7 +65,8 @@ def ensure_launch_variables() -> bool:
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if "MASTER_PORT" not in os.environ:
+        _choose_port()
     return True
 
 
@@ -155,7 +158,11 @@ def _integer(name: str, default: int) -> int:
         raise ConfigError(f"environment: {name} = {text!r} must be an integer; the launcher sets it") from e
 
 
-def _free_port() -> int:
+_chosen: set[str] = set()  # ports that this process has taken by itself
+
+
+def _choose_port() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+        os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+    _chosen.add(os.environ["MASTER_PORT"])

@@ -139,12 +139,13 @@ def _tag(record, w0, w1, w2, PAYLOAD: tl.constexpr, SCALES: tl.constexpr):
     in another order, and the compiler would rather compute them again than move them.
     """
     i = tl.arange(0, PAYLOAD)
-    found = tl.sum(_mix(tl.load(record + 4 + i), i), axis=0)
+    # 64 bits, of which the low 32 stay: Triton's interpreter refuses a sum of int32 that does not fit
+    found = tl.sum(_mix(tl.load(record + 4 + i), i).to(tl.int64), axis=0)
     if SCALES > 0:
         j = tl.arange(0, SCALES)
         byte = tl.load((record + 4 + PAYLOAD).to(tl.pointer_type(tl.uint8)) + j).to(tl.int32)
-        found += tl.sum(_mix(byte, PAYLOAD + j), axis=0)
-    return found + _mix(w0, w0 * 0 + 16777216) + _mix(w1, w1 * 0 + 16777217) + _mix(w2, w2 * 0 + 16777218)
+        found += tl.sum(_mix(byte, PAYLOAD + j).to(tl.int64), axis=0)
+    return found.to(tl.int32) + _mix(w0, w0 * 0 + 16777216) + _mix(w1, w1 * 0 + 16777217) + _mix(w2, w2 * 0 + 16777218)
 
 
 @triton.jit
