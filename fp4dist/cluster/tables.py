@@ -81,5 +81,6 @@ def codecs(found: Prediction, precision: Precision) -> dict[str, str]:
         bf16 = found.parts.reduce_s + found.parts.gather_s
         fp4 = found.parts.reduce_fp4_s + found.parts.gather_fp4_s
         text = f"{bf16:.3g} s of traffic in bf16, {fp4:.3g} s as codes, {found.breakdown['dp']:.3g} s exposed"
-        out["dp"] = f"nvfp4 between domains ({text})" if rho > 1 else f"bf16 (NVLink is the slower hop; {text})"
+        asked = f"; comm: {{grad_reduce: auto, topology: {topology.name}}} in the run file asks for it"
+        out["dp"] = f"nvfp4 between domains ({text}){asked}" if rho > 1 else f"bf16 (NVLink is the slower hop; {text})"
     return out
