@@ -374,14 +374,16 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = sorted({(r["regime"], r["collective"], r["mib"]) for r in rows})
-    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 1 + 2.2 * len(panels)), squeeze=False)
-    for axis, panel in zip(axes[:, 0], panels, strict=True):
+    down = -(-len(panels) // 2)
+    figure, axes = plt.subplots(down, 2, figsize=(15, 1 + 2.2 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, panel in zip(axes.flat, panels, strict=False):
         shown = [r for r in rows if (r["regime"], r["collective"], r["mib"]) == panel][::-1]
         axis.barh([r["method"] for r in shown], [r["median"] for r in shown])
         axis.set_title(f"{panel[1]}, {panel[2]:g} MiB bf16 a rank, {panel[0]}", fontsize=9)
         axis.set_xlabel("ms")
-    figure.suptitle(title, fontsize=8)
-    figure.tight_layout()
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
 
 
