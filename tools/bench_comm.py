@@ -403,7 +403,13 @@ def parse() -> argparse.Namespace:
     for name in ("child", "store", "json"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.cpu and torch.cuda.device_count() < args.world:
+        parser.error(
+            f"--world {args.world} needs as many GPUs, found {torch.cuda.device_count()}; or give --cpu (gloo)"
+        )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def run_regime(args: argparse.Namespace, regime: str) -> list[dict[str, Any]]:
