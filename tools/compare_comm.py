@@ -20,15 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import socket
 import statistics
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jobs import launcher, new_folder, run_to, short_run, tail
 
 if TYPE_CHECKING:
     from fp4dist.spec.run import RunConfig
@@ -81,14 +80,7 @@ def main() -> int:
     args = _parse()
     if args.worker is not None:
         return _work(json.loads(args.worker.read_text(encoding="utf-8")))
-    unknown = [name for name in args.variants if name not in VARIANTS]
-    if unknown:
-        raise SystemExit(f"--variants {','.join(unknown)}: not among {', '.join(VARIANTS)}")
-    out = args.out.resolve()
-    taken = [name for name in args.variants if (out / name).exists()]
-    if taken:
-        raise SystemExit(f"{out} has runs of {', '.join(taken)} already; give another --out or remove them")
-    out.mkdir(parents=True, exist_ok=True)
+    out = new_folder(args.out, args.variants, VARIANTS, "--variants")
     common = _common(args, out)
     results: dict[str, Result] = {}
     jobs = [[name] for name in args.variants] if args.at_once else [list(args.variants)]
@@ -137,15 +129,7 @@ def _common(args: argparse.Namespace, out: Path) -> list[str]:
     from fp4dist.spec.load import load_run
 
     config = load_run(args.config, args.set)
-    return [
-        *args.set,
-        f"train.steps={args.steps}",
-        f"optim.warmup_steps={min(config.optim.warmup_steps, args.steps // 10)}",
-        "train.eval_every=0",
-        "checkpoint.every=0",
-        "logging.tensorboard=false",
-        f"data.cache_dir={out / 'data_cache'}",
-    ]
+    return [*args.set, *short_run(args.steps, min(config.optim.warmup_steps, args.steps // 10), out)]
 
 
 def _run(names: list[str], args: argparse.Namespace, common: list[str], out: Path) -> dict[str, Result]:
@@ -153,7 +137,8 @@ def _run(names: list[str], args: argparse.Namespace, common: list[str], out: Pat
     plan, log = out / f"{'_'.join(names)}.plan.json", out / f"{'_'.join(names)}.log"
     runs = [(args.config, _sets(name, args, common, out)) for name in names]
     plan.write_text(json.dumps(runs), encoding="utf-8")
-    failure, seconds = _start([str(Path(__file__).resolve()), "--worker", str(plan)], args, log)
+    command = ["env", "NCCL_NVLS_ENABLE=0", *LINKS[args.link], *launcher(args.processes)]
+    failure, seconds = run_to(log, [*command, str(Path(__file__).resolve()), "--worker", str(plan)], args.timeout)
     return {name: _result(name, args, out, log, seconds, failure) for name in names}
 
 
@@ -210,25 +195,6 @@ def _sets(name: str, args: argparse.Namespace, common: list[str], out: Path) -> 
     return [*common, *own, *watch, f"run.name={name}", f"run.dir={out / name}"]
 
 
-def _start(program: list[str], args: argparse.Namespace, log: Path) -> tuple[str | None, float]:
-    """(why it failed, seconds) of a job."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = ["env", "NCCL_NVLS_ENABLE=0", *LINKS[args.link], sys.executable, "-m", "torch.distributed.run"]
-    command += ["--nproc-per-node", str(args.processes), "--master-port", port, *program]
-    start = time.monotonic()
-    with log.open("w", encoding="utf-8") as file:
-        file.write(" ".join(command) + "\n")
-        file.flush()
-        try:
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=args.timeout, check=False)
-            failure = f"exit code {done.returncode}" if done.returncode else None
-        except subprocess.TimeoutExpired:
-            failure = f"not done after {args.timeout:g} s"
-    return failure, time.monotonic() - start
-
-
 def _result(name: str, args: argparse.Namespace, out: Path, log: Path, seconds: float, failure: str | None) -> Result:
     """What a variant has left; it has failed if it has not made all its steps."""
     result = Result(name, str(log), seconds, failure)
@@ -262,8 +228,7 @@ def _judge(results: dict[str, Result], name: str) -> None:
 
 def _line(r: Result) -> str:
     if r.failure is not None or not r.losses:
-        end = Path(r.log).read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
-        return f"{r.name}: FAILED: {r.failure or 'no losses'}\n" + "\n".join(f"    {line}" for line in end)
+        return f"{r.name}: FAILED: {r.failure or 'no losses'}; the end of its log:\n{tail(Path(r.log))}"
     text = f"{r.name:11s} {len(r.losses)} steps, last loss {r.losses[-1]:.4f}, mean of the last tenth {r.tail_loss:.4f}"
     text += f" ({r.gap:+.3%}), {1e3 * (r.step_seconds or 0):.1f} ms a step"
     for direction, account in (r.bytes_of_a_step or {}).items():

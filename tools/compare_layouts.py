@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import socket
 import statistics
-import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from jobs import launcher, new_folder, run_to, short_run, tail
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,14 +90,7 @@ class Result:
 def main() -> int:
     """Command line."""
     args = _parse()
-    unknown = [name for name in args.layouts if name not in LAYOUTS]
-    if unknown:
-        raise SystemExit(f"--layouts {','.join(unknown)}: not among {', '.join(LAYOUTS)}")
-    out = args.out.resolve()
-    taken = [name for name in args.layouts if (out / name).exists()]
-    if taken:
-        raise SystemExit(f"{out} has runs of {', '.join(taken)} already; give another --out or remove them")
-    out.mkdir(parents=True, exist_ok=True)
+    out = new_folder(args.out, args.layouts, LAYOUTS, "--layouts")
     common = _common(args, out)
     results: dict[str, Result] = {}
     for name in args.layouts:
@@ -140,13 +131,8 @@ def _common(args: argparse.Namespace, out: Path) -> list[str]:
         args.moe = f"{{num_experts: 4, top_k: 2, ffn_hidden_size: {config.model.ffn_hidden_size // 2}}}"
     return [
         *sets,
-        f"train.steps={args.steps}",
-        f"optim.warmup_steps={min(config.optim.warmup_steps, args.steps // 5)}",
+        *short_run(args.steps, min(config.optim.warmup_steps, args.steps // 5), out),
         "train.deterministic=true",
-        "train.eval_every=0",
-        "checkpoint.every=0",
-        "logging.tensorboard=false",
-        f"data.cache_dir={out / 'data_cache'}",
     ]
 
 
@@ -154,34 +140,17 @@ def _run(name: str, args: argparse.Namespace, common: list[str], out: Path) -> R
     """Start one case and wait for it."""
     layout = LAYOUTS[name]
     experts = [f"model.moe={args.moe}"] if layout.experts else []
+    start = launcher(layout.processes, args.launcher) if layout.processes > 1 else [sys.executable]
     sets = [*common, *experts, *layout.sets, f"run.name={name}", f"run.dir={out / name}"]
-    command = [*_launcher(layout.processes, args.launcher), str(ROOT / "launch/pretrain.py"), "--config", args.config]
+    command = [*start, str(ROOT / "launch/pretrain.py"), "--config", args.config]
     command += [text for override in sets for text in ("--set", override)]
-    log, start = out / f"{name}.log", time.monotonic()
+    log = out / f"{name}.log"
     print(f"{name}: {layout.processes} process{'es' * (layout.processes > 1)}, log {log}", flush=True)
-    with log.open("w", encoding="utf-8") as file:
-        file.write(" ".join(command) + "\n")
-        file.flush()
-        try:
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=args.timeout, check=False)
-            failure = f"exit code {done.returncode}" if done.returncode else None
-        except subprocess.TimeoutExpired:
-            failure = f"not done after {args.timeout:g} s"
-    result = Result(name, str(log), time.monotonic() - start, failure)
+    failure, seconds = run_to(log, command, args.timeout)
+    result = Result(name, str(log), seconds, failure)
     if failure is None:
         _read(result, out / name / "metrics.jsonl")
     return result
-
-
-def _launcher(processes: int, kind: str) -> list[str]:
-    if processes == 1:
-        return [sys.executable]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    if kind == "deepspeed":
-        return ["deepspeed", "--num_gpus", str(processes), "--master_port", port]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
 
 
 def _read(result: Result, metrics: Path) -> None:
@@ -210,15 +179,6 @@ def _line(r: Result) -> str:
         return text
     reference = LAYOUTS[r.name].reference
     return text + f"; to {reference}: largest gap {r.largest_gap:.2e}, {r.equal_steps} of {len(r.losses)} steps equal"
-
-
-def tail(log: Path) -> str:
-    """Its last lines that name an error; torchrun's own words come after those."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [
-        line for line in lines if re.match(r"(\[rank\d+\]: *)?[\w.]+(Error|Unavailable|Mismatch|Diverged)\b", line)
-    ]
-    return "\n".join(f"    {line}" for line in errors[-4:] or lines[-12:])
 
 
 def _problems(results: dict[str, Result], tolerance: float | None) -> list[str]:

@@ -23,7 +23,7 @@ from fp4dist.nn.gather import gather_words
 from fp4dist.nn.linear import Fp4Conv1D, Fp4Linear, convert, is_conv1d, revert
 from fp4dist.nn.phases import Phases, describe, names
 from fp4dist.nn.plan import FP4, HIGH, SIDE, LinearPlan, Tally, resolve_kernels
-from fp4dist.nn.raising import merged, raised
+from fp4dist.nn.raising import raised
 from fp4dist.nn.report import LinearRow, fp4_share, table_json, table_text
 from fp4dist.nn.sites import Fp4Module, LinearSite, check_numbers, experts_of, find_linears, named_modules
 from fp4dist.spec.load import load_recipe
@@ -302,16 +302,13 @@ class AppliedRecipe:
             for s in new
         ]
 
-    def raise_gemms(self, paths: Collection[str], gemms: Collection[str], to: str) -> None:
+    def restore_raised(self, found: Mapping[str, Mapping[str, str]]) -> None:
         """Run GEMMs of linears in a higher precision from now on, whatever phases say. On every rank, between steps.
 
-        to   bf16 (unquantized) or fp8. Not part of `state_dict`: whoever decides it keeps `raised` and calls
-             `restore_raised` after loading. Raises KernelUnavailable where no backend has the FP8 kernels.
+        found   path -> GEMM -> bf16 (unquantized) or fp8: all that is raised, as `raising.merged` makes it. Not part of
+                `state_dict`: whoever decides it keeps it and gives it again after loading. Raises KernelUnavailable
+                where no backend has the FP8 kernels.
         """
-        self.restore_raised(merged(self.raised, paths, gemms, to))
-
-    def restore_raised(self, found: Mapping[str, Mapping[str, str]]) -> None:
-        """Make path -> GEMM -> precision what is raised."""
         if {p: dict(g) for p, g in found.items()} == self.raised:
             return
         self.raised = {path: dict(gemms) for path, gemms in found.items()}

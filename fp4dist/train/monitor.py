@@ -29,7 +29,6 @@ from torch import Tensor
 
 from fp4dist.nn.apply import AppliedRecipe
 from fp4dist.nn.operands import OperandWatch, oscillation, weight_codes
-from fp4dist.spec.recipe import BLOCK_ROLES
 from fp4dist.spec.watching import MonitorConfig
 from fp4dist.train.metrics import read_lines
 from fp4dist.train.world import World
@@ -179,11 +178,6 @@ def fallbacks(applied: AppliedRecipe) -> list[str]:
         slow = sorted(name for name, backend in row.kernels.items() if backend == "reference")
         found += [f"{row.site.path}: {', '.join(slow)} on the reference"] if slow else []
     return found
-
-
-def block_paths(applied: AppliedRecipe) -> set[str]:
-    """The linears of blocks."""
-    return {row.site.path for row in applied.rows if row.site.role in BLOCK_ROLES}
 
 
 def _slots(line: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, float]]]:

@@ -189,16 +189,6 @@ def row_tree_sum(z, G: tl.constexpr, n: tl.constexpr):
 
 
 @triton.jit
-def block_tree_sum(z, R: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """[R, N] -> [R/BR, N/BC] block sums, columns before rows."""
-    sums = tl.reshape(row_tree_sum(tl.reshape(z, (R * N // BC, BC)), R * N // BC, BC), (R, N // BC))
-    if BR > 1:
-        turned = tl.reshape(tl.permute(tl.reshape(sums, (R // BR, BR, N // BC)), (0, 2, 1)), (R // BR * (N // BC), BR))
-        sums = tl.reshape(row_tree_sum(turned, R // BR * (N // BC), BR), (R // BR, N // BC))
-    return sums
-
-
-@triton.jit
 def block_max_bits(z, R: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """[R, N] -> [R/BR, N/BC] largest magnitude bits of each block."""
     return tl.max(tl.max(tl.reshape(magnitude_bits(z), (R // BR, BR, N // BC, BC)), axis=3), axis=1)

@@ -20,7 +20,6 @@ from fp4dist.numerics.tensor import Key
 # Parameters that change from step to step: their values must not be compiled in.
 # Beside them goes, after k1, `when`: micro-batch and step, int32[2] in memory, so that a CUDA graph draws anew.
 PLACE = ["k0", "k1", "c3", "width", "row_run", "r0", "r1", "column_run", "q0", "q1"]
-PER_ELEMENT = 8  # elements of a row that share one counter
 
 
 def place(key: Key | None, rows: int, columns: int, group: int, device: torch.device) -> tuple[Any, ...]:
