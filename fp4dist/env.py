@@ -54,8 +54,6 @@ def ensure_launch_variables() -> bool:
     missing = [name for name in required if name not in os.environ]
     if not missing:
         os.environ.setdefault("LOCAL_RANK", "0")
-        if os.environ["MASTER_PORT"] in _chosen:  # of a process group that has ended: somebody may have taken it since
-            _choose_port()
         return False
     if world_size() > 1:
         raise ConfigError(
@@ -66,7 +64,9 @@ def ensure_launch_variables() -> bool:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
-        _choose_port()
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
     return True
 
 
@@ -156,13 +156,3 @@ def _integer(name: str, default: int) -> int:
         return int(text)
     except ValueError as e:
         raise ConfigError(f"environment: {name} = {text!r} must be an integer; the launcher sets it") from e
-
-
-_chosen: set[str] = set()  # ports that this process has taken by itself
-
-
-def _choose_port() -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(s.getsockname()[1])
-    _chosen.add(os.environ["MASTER_PORT"])

@@ -30,9 +30,7 @@ def test_a_plain_start_is_completed_with_a_free_port() -> None:
     assert env.ensure_launch_variables()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
     assert 1024 < int(os.environ["MASTER_PORT"]) < 65536
-    before = os.environ["MASTER_PORT"]
     assert not env.ensure_launch_variables(), "the second time all is there"
-    assert os.environ["MASTER_PORT"] != before, "somebody may have taken it since"
 
 
 def test_a_launchers_variables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

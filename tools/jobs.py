@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import socket
 import subprocess
@@ -38,12 +40,18 @@ def short_run(steps: int, warmup_steps: int, out: Path) -> list[str]:
 
 def launcher(processes: int, kind: str = "torchrun") -> list[str]:
     """Command that starts a Python program in `processes` ranks of this machine, under a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     if kind == "deepspeed":
-        return ["deepspeed", "--num_gpus", str(processes), "--master_port", port]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
+        return ["deepspeed", "--num_gpus", str(processes), "--master_port", str(_free_port())]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def _free_port() -> int:
+    """One that nobody listens on, below those (from 32768 on) that the kernel may give to any connection meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def run_to(log: Path, command: Sequence[str], timeout: float) -> tuple[str | None, float]:

@@ -124,7 +124,9 @@ def open_world(config: RunConfig) -> Iterator[World]:
     if mine:
         env.ensure_launch_variables()
         env.check_signature()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        # a process alone meets nobody: without a port there is none that another program could take first
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if env.world_size() == 1 else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, **alone)
     try:
         if mine:
             check_environments(config)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.distributed import free_port
 from tests.megatron.tiny import MODEL
 from tests.train.tiny_run import write_counting_tokens
 
@@ -40,12 +41,6 @@ def done(process: subprocess.Popen[str], code: int = 0, timeout: float = 240) ->
 
 def cluster(*words: str) -> str:
     return done(start([sys.executable, "-m", "fp4dist.cluster", *words]))
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def base_run(folder: Path) -> Path:
@@ -104,7 +99,7 @@ def test_plan_launch_train_on_four_ranks(tmp_path: Path) -> None:
     )
     script = tmp_path / "e2e.sh"
     assert f"start: {script}" in told
-    out = done(start([str(script)], MASTER_PORT=free_port()))
+    out = done(start([str(script)], MASTER_PORT=str(free_port())))
     assert f"done at step {STEPS}" in out
     assert len(losses(tmp_path)) == STEPS
 
@@ -116,7 +111,7 @@ def test_two_nodes_without_ssh(tmp_path: Path, launcher: str) -> None:
     base, nodes = base_run(tmp_path), topology(tmp_path, 2)
     cluster("launch", "--config", str(base), "--topology", str(nodes), "--gpus", "4", "--name", "two", "--out",
             str(tmp_path), "--set", "parallel.pp=2", "--set", "train.micro_batch_size=1")  # fmt: skip
-    port = free_port()
+    port = str(free_port())
     script = str(tmp_path / "two.node.sh")
     both = [start([script, str(node), "127.0.0.1", launcher], MASTER_PORT=port) for node in (0, 1)]
     outs = [done(process) for process in both]
@@ -159,7 +154,7 @@ def test_batch_script_checks_and_trains(tmp_path: Path) -> None:
     base = base_run(tmp_path)
     repository(tmp_path)
     allocation = slurm(tmp_path, 1, [socket.gethostname().split(".")[0]])
-    words = ["bash", str(ROOT / "launch/gb200_nvl72.sbatch"), str(base), "--port", free_port()]
+    words = ["bash", str(ROOT / "launch/gb200_nvl72.sbatch"), str(base), "--port", str(free_port())]
     out = done(start(words, TOPOLOGY="cpu", **allocation))
     assert "preflight: 1 nodes, no fault" in out
     assert f"done at step {STEPS}" in out
@@ -211,7 +206,17 @@ def test_a_rank_with_another_environment_is_caught() -> None:
     program = (
         'if [ "$RANK" = 1 ]; then export NCCL_NVLS_ENABLE=1; fi; exec python launch/check_fabric.py --topology cpu'
     )
-    words = ["torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "--no-python", "bash", "-c", program]
+    words = [
+        "torchrun",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "--no-python",
+        "bash",
+        "-c",
+        program,
+    ]
     out = done(start(words), code=1)
     assert "rank 0 and rank 1 differ: NCCL_NVLS_ENABLE = unset / 1" in out
     assert "exitcode  : 22" in out
@@ -229,7 +234,7 @@ def test_a_rank_with_another_configuration_is_caught(tmp_path: Path) -> None:
         "--nproc-per-node",
         "2",
         "--master-port",
-        free_port(),
+        str(free_port()),
         "--no-python",
         "bash",
         "-c",

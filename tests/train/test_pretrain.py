@@ -98,7 +98,7 @@ def test_the_deepspeed_launcher_starts_one_rank_on_a_cpu(tmp_path: Path, run_fil
 @pytest.mark.slow
 def test_torchrun_starts_two_ranks_of_deepspeeds_engine(tmp_path: Path, run_file: str) -> None:
     arguments = ("--config", run_file, "--set", "engine.kind=deepspeed", "--set", "train.steps=3")
-    launcher = (program("torchrun"), "--nproc-per-node=2", f"--master_port={free_port()}")
+    launcher = (program("torchrun"), "--nproc-per-node=2", "--standalone")
     done = start(*launcher, SCRIPT, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 ranks (tp 1 x pp 1 x dp 2)" in done.stdout
