@@ -71,7 +71,7 @@ def trained(folder: str, cases: dict[str, tuple[str, ...]]) -> dict[str, dict[st
         found[name] = {
             "curve": curve(whole, ("step", "loss", "grad_norm", "skipped", "lost", "inexact")),
             "messages": sorted(set(text)),
-            "kept": kept["in_bf16"],
+            "kept": kept["places"],
             "skipped": summary.skipped_steps,
         }
         with Losing():
@@ -101,9 +101,9 @@ def test_runs_in_which_one_rank_loses_elements(folder: str) -> None:
     first, second = run_ranks(trained, 2, folder, CASES, timeout=400)
     for name, found in first.items():
         assert found["kept"] == second[name]["kept"], "all ranks leave FP8 together"
-        paths = {(path, slot.split(".")[0]) for path, slot, _, _ in found["kept"]}
+        paths = {(path, slot.split(".")[0]) for path, slot, *_ in found["kept"]}
         assert len(paths) == len(found["kept"]) == 3 * 8, "every GEMM of the model's 8 linears"
-        assert {(count, step) for _, _, count, step in found["kept"]} == {(2, LOSING)}
+        assert {(count, step) for _, _, count, step, *_ in found["kept"]} == {(2, LOSING)}
         by_step = {line[0]: line for line in found["curve"]}
         strict = "strict" in name
         assert by_step[LOSING + 1][3:] == (strict or None, 2 * 48, strict or None)

@@ -153,11 +153,11 @@ def _written(
     k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, RULE: tl.constexpr, ROUND: tl.constexpr,
     STD: tl.constexpr, CLIPS: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, CODES: tl.constexpr,
-    CARRIER: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr,
+    CARRIER: tl.constexpr, MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Quantize and write [R * N / E, E] values of a tile at (row, col) of [rows, cols]; the place of its noise is every
-    S-th row from noisy_row on. Returns [G] scale bytes, 0 for NaN, and which blocks lose something below the FP8 type
-    (if AGAIN, they are counted instead).
+    S-th row from noisy_row on. Returns [G] scale bytes, 0 for NaN, and 256 less them where a block is not all zeros,
+    else 0: the largest of either tell which binades the matrix spans. If AGAIN, what is lost is counted instead.
     """
     G: tl.constexpr = R * N // E
     words, stored, full, level = _quantized(
@@ -172,7 +172,10 @@ def _written(
         p._store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
         p._store_scales(stored, scales, row, col, rows, cols, R, N, E, BR, EVEN)
     byte = tl.where(stored == 255, 0, stored)
-    low = byte & 0
+    deep = byte & 0
+    if (CARRIER == 5) | (CARRIER == 4) | SPREAD:
+        some = (tl.max(words & 0x77777777, axis=1) != 0) & (stored != 255)
+        deep = tl.where(some, 256 - stored, 0)
     if CARRIER == 16:
         p._store_carrier(level, y, a.decode_e8m0(stored), values, row, col, rows, cols, R, N, E, EVEN)
     if (CARRIER == 5) | (CARRIER == 4):
@@ -185,42 +188,41 @@ def _written(
             number = tl.sum(bits.lost(words, LOWEST - exponent, G, E), axis=0)
             if number > 0:
                 tl.atomic_add(count, number, sem="relaxed")
-        else:
-            some = tl.max(words & 0x77777777, axis=1) != 0
-            low = (some & (exponent < LOWEST)).to(tl.int32)
-    return byte, low
+    return byte, deep
 
 
 @triton.jit
 def _tile(
     tile, largest, count, x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values,
-    inside, memory, shared, factor_of, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run,
-    q0, q1,
+    inside, memory, shared, factor_of, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1,
+    column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
     BACK: tl.constexpr, FLIPS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
-    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr,
+    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Tile number `tile` of `power_kernel`. largest: the scale byte at the top of the FP8 type;  count: of losses."""
     G: tl.constexpr = R * N // E
     across = tl.cdiv(cols, N)
     row, col = tile // across * R, tile % across * N
+    if SPREAD and not AGAIN:  # early: nobody waits for it; a value of before costs an atomic in vain
+        seen_top, seen_depth = tl.load(spread), tl.load(spread + 1)
     if READ == 4:
         words, scale = _held_codes(x, stride, qscales, row, col, rows, cols, R, N, W)
         byte = tl.zeros((G // 8,), tl.int32)
-        low = tl.zeros((G // 8,), tl.int32)
+        deep = tl.zeros((G // 8,), tl.int32)
         for i in range(8):
             y = a.e2m1_signed(words << (28 - 4 * i)) * scale
             if not UNIT:
                 y = y * tl.load(qglobal)
             # [rows, cols] is [rows / 8, 8 cols], too
-            more, lower = _written(
+            more, deeper = _written(
                 y, largest, count, codes, scales, values, inside, row // 8, i * cols + col, rows // 8, cols * 8,
                 row + i, col, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
-                R // 8, N, E, BR, RULE, ROUND, STD, CLIPS, 8, EVEN, CODES, CARRIER, MASK, ASM, AGAIN,
+                R // 8, N, E, BR, RULE, ROUND, STD, CLIPS, 8, EVEN, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD,
             )  # fmt: skip
-            byte, low = tl.maximum(byte, more), low | lower
+            byte, deep = tl.maximum(byte, more), tl.maximum(deep, deeper)
     else:
         if READ == 3:
             y = _turned_codes(
@@ -233,50 +235,50 @@ def _tile(
                 x, stride, qscales, qglobal, signs, row, col, rows, cols,
                 R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root,
             )  # fmt: skip
-        byte, low = _written(
+        byte, deep = _written(
             y, largest, count, codes, scales, values, inside, row, col, rows, cols, row, col, before, finer, factor,
             k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
-            R, N, E, BR, RULE, ROUND, STD, CLIPS, 1, EVEN, CODES, CARRIER, MASK, ASM, AGAIN,
+            R, N, E, BR, RULE, ROUND, STD, CLIPS, 1, EVEN, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD,
         )  # fmt: skip
-    if (CARRIER == 5) | (CARRIER == 4):
-        HIGHEST: tl.constexpr = 13 if CARRIER == 5 else 6
+    NARROW: tl.constexpr = (CARRIER == 5) | (CARRIER == 4)
+    HIGHEST: tl.constexpr = 13 if CARRIER == 5 else 6
+    LOWEST: tl.constexpr = -15 if CARRIER == 5 else -8
+    if NARROW:  # noqa: SIM102 (a constant, and a condition at run time)
         if tile == 0:
             tl.store(factor_of, tl.load(shared) * (a.decode_e8m0(tl.minimum(largest, 254)) * (2.0**-HIGHEST)))
-        if not AGAIN:
-            top = tl.max(byte | (low << 8), axis=0)  # one reduction of both
-            wrong = top > largest
-            if top >= 256:
-                top = tl.max(byte, axis=0)
+    if (NARROW | SPREAD) and not AGAIN:
+        top, depth = tl.max(byte, axis=0), tl.max(deep, axis=0)
+        if NARROW:
             tl.atomic_max(memory + 1, top, sem="relaxed")
-            if wrong:
+            if (top > largest) | (256 - depth - largest + HIGHEST < LOWEST):
                 tl.atomic_add(count, 1, sem="relaxed")
+        if SPREAD:
+            if top > seen_top:
+                tl.atomic_max(spread, top, sem="relaxed")
+            if depth > seen_depth:
+                tl.atomic_max(spread + 1, depth, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=PLACE)
-def power_kernel(
+@triton.jit
+def _matrix(
+    program, tile,
     x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory, shared,
-    factor_of, lost, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+    factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
     BACK: tl.constexpr, FLIPS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
-    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr,
+    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of one matrix: codes and scale bytes if CODES, values if CARRIER (16: bf16; 5, 4: e5m2, e4m3), a bit for
-    each element that is not clipped if MASK. RULE and ROUND: of `programs._side`.
-
-    shared      [] fp32 that all values have as a factor;  factor_of   it becomes that of the FP8 values
-    lost        [] int32, becomes the most elements lost so far
-    """
-    tiles = tl.cdiv(rows, R) * tl.cdiv(cols, N)
+    """Tile number `tile` of a matrix, or if AGAIN what program number `program` does of it; see `power_kernel`."""
     if AGAIN:
-        end = tl.where(tl.load(memory + 2) != 0, tiles, 0)
-        for tile in range(tl.program_id(0), end, tl.num_programs(0)):
+        end = tl.where(tl.load(memory + 2) != 0, tl.cdiv(rows, R) * tl.cdiv(cols, N), 0)
+        for tile in range(program, end, tl.num_programs(0)):
             _tile(
                 tile, tl.load(memory + 1), memory + 5, x, stride, qscales, qglobal, back, root, rows, cols, table,
-                signs, codes, scales, values, inside, memory, shared, factor_of, before, finer, factor, k0, k1, when,
-                c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ,
-                P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN,
+                signs, codes, scales, values, inside, memory, shared, factor_of, spread, before, finer, factor, k0, k1,
+                when, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS,
+                READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD,
             )  # fmt: skip
         tl.debug_barrier()
         if tl.atomic_add(memory + 4, 1) == tl.num_programs(0) - 1:  # the last: for the next matrix
@@ -287,10 +289,79 @@ def power_kernel(
             tl.store(memory + 4, 0)
             tl.atomic_max(lost, count)
     else:
-        largest = tl.load(memory) + HEADROOM if (CARRIER == 5) | (CARRIER == 4) else 0
+        largest = tl.minimum(tl.load(memory) + HEADROOM, 254) if (CARRIER == 5) | (CARRIER == 4) else 0
         _tile(
-            tl.program_id(0), largest, memory + 2, x, stride, qscales, qglobal, back, root, rows, cols, table, signs,
-            codes, scales, values, inside, memory, shared, factor_of, before, finer, factor, k0, k1, when, c3, width,
-            row_run, r0, r1, column_run, q0, q1, R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W, EVEN,
-            QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN,
+            tile, largest, memory + 2, x, stride, qscales, qglobal, back, root, rows, cols, table, signs,
+            codes, scales, values, inside, memory, shared, factor_of, spread, before, finer, factor, k0, k1, when, c3,
+            width, row_run, r0, r1, column_run, q0, q1, R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W,
+            EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PLACE)
+def power_kernel(
+    x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory, shared,
+    factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
+    RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
+    BACK: tl.constexpr, FLIPS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
+    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr,
+):  # fmt: skip
+    """Tiles of one matrix: codes and scale bytes if CODES, values if CARRIER (16: bf16; 5, 4: e5m2, e4m3), a bit for
+    each element that is not clipped if MASK. RULE and ROUND: of `programs._side`.
+
+    shared      [] fp32 that all values have as a factor;  factor_of   it becomes that of the FP8 values
+    lost        [] int32, becomes the most elements lost so far
+    spread      if SPREAD: [2] int32, become the largest scale byte so far, and 256 less the smallest of a block that is
+                not all zeros
+    """
+    _matrix(
+        tl.program_id(0), tl.program_id(0),
+        x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory,
+        shared, factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run,
+        q0, q1,
+        R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES,
+        CARRIER, MASK, ASM, AGAIN, SPREAD,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*PLACE, *(f"{name}_2" for name in PLACE)])
+def power_pair_kernel(
+    x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory, shared,
+    factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+    x_2, stride_2, qscales_2, qglobal_2, back_2, root_2, rows_2, cols_2, table_2, signs_2, codes_2, scales_2, values_2,
+    inside_2, memory_2, shared_2, factor_of_2, lost_2, spread_2, before_2, finer_2, factor_2, k0_2, k1_2, when_2, c3_2,
+    width_2, row_run_2, r0_2, r1_2, column_run_2, q0_2, q1_2,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
+    RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
+    BACK: tl.constexpr, FLIPS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
+    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr,
+    R_2: tl.constexpr, N_2: tl.constexpr, E_2: tl.constexpr, BR_2: tl.constexpr, ROT_2: tl.constexpr,
+    SIGNED_2: tl.constexpr, RULE_2: tl.constexpr, ROUND_2: tl.constexpr, STD_2: tl.constexpr, CLIPS_2: tl.constexpr,
+    READ_2: tl.constexpr, P_2: tl.constexpr, W_2: tl.constexpr, EVEN_2: tl.constexpr, QBR_2: tl.constexpr,
+    QBC_2: tl.constexpr, QE8M0_2: tl.constexpr, BACK_2: tl.constexpr, FLIPS_2: tl.constexpr, UNIT_2: tl.constexpr,
+    CODES_2: tl.constexpr, CARRIER_2: tl.constexpr, MASK_2: tl.constexpr, ASM_2: tl.constexpr, SPREAD_2: tl.constexpr,
+):  # fmt: skip
+    """A matrix and its transpose: a program makes a tile of either from the same part of the memory, which it reads
+    from a cache the second time. Parameters are those of `power_kernel`, twice; R = N_2, N = R_2.
+    """
+    program = tl.program_id(0)
+    across = tl.cdiv(cols, N)
+    _matrix(
+        program, program,
+        x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory,
+        shared, factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run,
+        q0, q1,
+        R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES,
+        CARRIER, MASK, ASM, AGAIN, SPREAD,
+    )  # fmt: skip
+    _matrix(
+        program, program % across * tl.cdiv(cols_2, N_2) + program // across,
+        x_2, stride_2, qscales_2, qglobal_2, back_2, root_2, rows_2, cols_2, table_2, signs_2, codes_2, scales_2,
+        values_2, inside_2, memory_2, shared_2, factor_of_2, lost_2, spread_2, before_2, finer_2, factor_2, k0_2, k1_2,
+        when_2, c3_2, width_2, row_run_2, r0_2, r1_2, column_run_2, q0_2, q1_2,
+        R_2, N_2, E_2, BR_2, ROT_2, SIGNED_2, RULE_2, ROUND_2, STD_2, CLIPS_2, READ_2, P_2, W_2, EVEN_2, QBR_2, QBC_2,
+        QE8M0_2, BACK_2, FLIPS_2, UNIT_2, CODES_2, CARRIER_2, MASK_2, ASM_2, AGAIN, SPREAD_2,
+    )  # fmt: skip

@@ -16,7 +16,7 @@ from fp4dist.kernels.triton.counters import zeroed
 from fp4dist.kernels.triton.filters import _has_asm, original
 from fp4dist.kernels.triton.launch import launch
 from fp4dist.kernels.triton.noise import place
-from fp4dist.kernels.triton.power_programs import power_kernel
+from fp4dist.kernels.triton.power_programs import power_kernel, power_pair_kernel
 from fp4dist.kernels.triton.quantize import Side, _constant, _number, _Source
 from fp4dist.kernels.triton.signs import has_signs, sign_words
 from fp4dist.numerics.grouping import ReduceMax
@@ -38,6 +38,7 @@ _BACK = (128, 64, 4)  # for codes that are turned back: a warp has 32 rows side 
 _TURNED = (128, 32, 4)  # for those that a thread can turn back alone (READ 3)
 _HELD = (256, 128, 4)  # for those of eight rows that a thread holds (READ 4)
 _SECOND = 264  # programs of the second launch, which mostly has nothing to do
+_AGAIN = {"AGAIN": True}
 
 
 def why_not(spec: QuantSpec) -> str | None:
@@ -109,11 +110,13 @@ def _in_words(src: _Source, spec: QuantSpec) -> _Source:
 def quantize_pair(
     x: Tensor, row: Side, column: Side
 ) -> tuple[BlockScaledTensor | Carrier, BlockScaledTensor | Carrier]:
-    """The operands of x [T, O] and of x^T [O, T]; bits as of two calls of `quantize`, which it is."""
+    """The operands of x [T, O] and of x^T [O, T]; bits as of two calls of `quantize`."""
     x = x if x.stride(1) == 1 else x.contiguous()
     sides = ((x, row), (x.t(), column))
-    first, second = (quantize(matrix, side.spec, side.key, want=side.want) for matrix, side in sides)
-    return first, second
+    first, second = (_Job(_Source.of(matrix), side.spec, side.key, side.want) for matrix, side in sides)
+    if not first.may_pair(second):
+        return first.run(), second.run()
+    return first.run_with(second)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +134,8 @@ class _Form:
 
     @classmethod
     def of(cls, src: _Source, spec: QuantSpec, want: Want, flips: bool) -> _Form:
-        form = "power", flips, _is_one(src), _number(spec), want.codes, want.carrier, want.mask, src.layout()
+        spread = want.spread is not None
+        form = "power", flips, _is_one(src), _number(spec), want.codes, want.carrier, want.mask, spread, src.layout()
         found = _FORMS.get(form)
         if found is None:
             found = _FORMS[form] = cls._new(src, spec, want, flips, form)
@@ -161,8 +165,8 @@ class _Form:
             "EVEN": src.shape[0] % rows == 0 and src.shape[1] % columns == 0, "FLIPS": flips,
             "UNIT": _is_one(src), "CODES": want.codes,
             "CARRIER": _KINDS[want.carrier], "MASK": want.mask and want.codes,
-            "ASM": _has_asm(src.tensor.device), "AGAIN": False, "num_warps": warps,
-            "enable_fp_fusion": False,
+            "ASM": _has_asm(src.tensor.device), "AGAIN": False,
+            "SPREAD": want.spread is not None, "num_warps": warps, "enable_fp_fusion": False,
         }  # fmt: skip
         scalars = before, finer, fp32(QUEST_E2M1 if factor is None else factor)
         return cls(form, constants, scalars, rotation, noisy)
@@ -200,26 +204,50 @@ class _Job:
             if want.memory is None:
                 self.memory = zeroed(device)
         self.lost = want.lost if want.lost is not None else self.memory[3] if self.narrow else none
+        self.spread = want.spread if want.spread is not None else none
         self.place = place(key if form.noisy else None, rows, cols, 8, device)
         self.signs = sign_words(spec.rotation, key, device)
 
     def run(self) -> BlockScaledTensor | Carrier:
         """What was asked for."""
-        form, constants, (rows, cols) = self.form, self.form.constants, self.src.shape
+        form, arguments, tiles = self.form, self._arguments(), self._tiles()
+        launch(power_kernel, tiles, arguments, form.constants, form.form)
+        if self.narrow:
+            launch(power_kernel, min(tiles, _SECOND), arguments, form.constants | _AGAIN, ("again", form.form))
+        return self._result()
+
+    def may_pair(self, other: _Job) -> bool:
+        """Whether one kernel may do both jobs, of a matrix and of its transpose: tile by tile, in as many threads."""
+        mine, its = self.form.constants, other.form.constants
+        same = (mine["R"], mine["N"], mine["num_warps"]) == (its["N"], its["R"], its["num_warps"])
+        return same and self.narrow and other.narrow and mine["READ"] == 0 and its["READ"] == 1
+
+    def run_with(self, other: _Job) -> tuple[BlockScaledTensor | Carrier, BlockScaledTensor | Carrier]:
+        """What was asked for, and what was of the transpose."""
+        tiles, arguments = self._tiles(), (*self._arguments(), *other._arguments())
+        second = {f"{n}_2": value for n, value in other.form.constants.items() if n in power_kernel.arg_names}
+        del second["AGAIN_2"]
+        constants = {**self.form.constants, **second}
+        form = "pair", self.form.form, other.form.form
+        launch(power_pair_kernel, tiles, arguments, constants, form)
+        launch(power_pair_kernel, min(tiles, _SECOND), arguments, constants | _AGAIN, ("again", form))
+        return self._result(), other._result()
+
+    def _tiles(self) -> int:
+        rows, cols = self.src.shape
+        return -(-rows // self.form.constants["R"]) * -(-cols // self.form.constants["N"])
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """Of `power_kernel`, up to its constants."""
+        form, constants = self.form, self.form.constants
         inside = self.inside.view(_WORDS[constants["E"]]) if constants["MASK"] else self.inside
         values = self.values.view(torch.int32) if self.want.carrier is not None else self.values
         read = self.src.arguments()
         table = _roots(read[5], self.shared.device) if self.src.read == 3 else self.shared
-        arguments = (
+        return (
             *read, table, self.signs, self.codes, self.scales, values, inside, self.memory, self.shared,
-            self.factor, self.lost, *form.scalars, *self.place,
+            self.factor, self.lost, self.spread, *form.scalars, *self.place,
         )  # fmt: skip
-        tiles = -(-rows // constants["R"]) * -(-cols // constants["N"])
-        launch(power_kernel, tiles, arguments, constants, form.form)
-        if self.narrow:
-            again = {**constants, "AGAIN": True}
-            launch(power_kernel, min(tiles, _SECOND), arguments, again, ("again", form.form))
-        return self._result()
 
     def _result(self) -> BlockScaledTensor | Carrier:
         spec, rotation, carrier = self.spec, self.form.rotation, None

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fp4dist import numerics
 from fp4dist.kernels.triton.carriers import to_carrier
+from fp4dist.kernels.triton.matmul import matmul
 from fp4dist.kernels.triton.power_programs import MEMORY
-from fp4dist.kernels.triton.powers import quantize, requantize, why_not
+from fp4dist.kernels.triton.powers import quantize, quantize_pair, requantize, why_not
+from fp4dist.kernels.triton.quantize import Side
 from fp4dist.numerics import estimators
 from fp4dist.numerics.quantize import carrier as reference_carrier
 from fp4dist.numerics.quantize import original
@@ -46,6 +48,8 @@ def of_remembered(device: torch.device) -> Iterator[str]:
     """One memory for matrices of very different sizes: carriers, codes and counts as of a matrix alone."""
     x = families(64, 128)["outliers"]
     steps = {"first": 1.0, "again": 1.0, "larger": 2.0, "far larger": 2.0**30, "far smaller": 2.0**-40, "zero": 0.0}
+    most = torch.finfo(torch.float32).max / x.abs().max().item() / 2
+    steps |= {"huge": most, "huge again": most}
     for name, spec in specs().items():
         for dtype in FP8 if name in ("quest", "ceil, noise") else FP8[:1]:
             memory = torch.zeros(MEMORY, dtype=torch.int32, device=device)
@@ -94,6 +98,71 @@ def of_losses(device: torch.device) -> Iterator[str]:
             lost.zero_()
 
 
+def of_spreads(device: torch.device) -> Iterator[str]:
+    """Which binades a matrix spans: of each way to read it, the largest of several matrices, NaN and zeros left out."""
+    x = families(64, 128)["normal"] * torch.logspace(-30, 15, 4, base=2.0).repeat_interleave(32)
+    x[:, 32:64] = 0.0
+    x[3, 5], x[32:64, 96] = float("nan"), 0.0
+    for name, kinds in (("ceil, noise", (FP8[0], torch.bfloat16)), ("squares", (FP8[1],))):
+        spec, expected = specs()[name], torch.zeros(2, dtype=torch.int32)
+        spread = torch.zeros(2, dtype=torch.int32, device=device)
+        for kind in kinds:
+            factor = 2.0 ** (kind.itemsize * 4)  # the last matrix has the largest scale, and not the smallest
+            quantize((x * factor).to(device), spec, WHOLE, want=Want(False, kind, spread=spread))
+            expected = torch.maximum(expected, _spread(numerics.quantize(x * factor, spec, WHOLE)))
+            if not torch.equal(spread.cpu(), expected):
+                yield f"{name} {kind}: spans {spread.tolist()}, not {expected.tolist()}"
+    x = families(128, 256)["normal"] * torch.logspace(-20, 15, 8, base=2.0).repeat_interleave(32)
+    forward = build(QuantSpec, {"format": "mxfp4"})
+    codes, made = numerics.quantize(x, forward, WHOLE), quantize(x.to(device), forward, WHOLE)
+    spread = torch.zeros(2, dtype=torch.int32, device=device)
+    assert isinstance(made, BlockScaledTensor)
+    requantize(made, specs()["ceil, noise"], WHOLE, want=Want(False, torch.bfloat16, spread=spread))
+    expected = _spread(numerics.requantize(codes, specs()["ceil, noise"], WHOLE))
+    if not torch.equal(spread.cpu(), expected):
+        yield f"codes of which a thread holds eight rows: span {spread.tolist()}, not {expected.tolist()}"
+
+
+def _spread(q: BlockScaledTensor) -> Tensor:
+    """[2] what `Want.spread` becomes of these codes."""
+    scales = q.scales.int().repeat_interleave(q.block[0], 0).repeat_interleave(q.block[1], 1)
+    low, high = (q.codes & 7) != 0, ((q.codes >> 4) & 7) != 0
+    some = torch.stack((low, high), dim=-1).flatten(-2)
+    scales, some = scales[scales < 255], some[scales < 255]
+    return torch.stack((scales.max(), 256 - scales[some].min())).int()
+
+
+def of_forms(device: torch.device) -> Iterator[str]:
+    """Products in every form of the ladder that holds their operands, where sums are exact: those of the codes."""
+    spec = specs()["floor, clipped"]
+    octaves = {FP8[0]: 28, FP8[1]: 14, torch.bfloat16: 40}
+    for form in ((FP8[0], FP8[1]), (FP8[1], FP8[0]), (FP8[0], FP8[0]), (torch.bfloat16, torch.bfloat16)):
+        codes, given = [], []
+        for kind, seed in zip(form, (0, 1), strict=True):
+            far = torch.linspace(0, octaves[kind], 64).floor()  # rows of one scale each: no sum mixes them
+            x = exactly_summable_values(64, 128, seed) * torch.exp2(far)[:, None]
+            lost = torch.zeros((), dtype=torch.int32, device=device)
+            codes.append(numerics.quantize(x, spec, WHOLE))
+            given.append(quantize(x.to(device), spec, WHOLE, want=Want(False, kind, lost=lost)))
+            if lost.item():
+                yield f"{form}: {lost.item()} elements lost over {octaves[kind]} binades"
+        exact = numerics.matmul(*codes)
+        for into in (None, torch.ones(64, 64)):
+            sums = None if into is None else into.clone().to(device)
+            found = matmul(given[0], given[1], into=sums).cpu()
+            if not torch.equal(found, exact if into is None else into + exact):
+                yield f"{form}: the product, {'alone' if into is None else 'added'}"
+
+
+def exactly_summable_values(rows: int, columns: int, seed: int) -> Tensor:
+    """[rows, columns] levels of E2M1 of which each block of 32 has a 4 or a 6, so that its scale is 1."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.tensor([-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    x = levels[torch.randint(0, len(levels), (rows, columns), generator=generator)]
+    x[:, ::32] = 6.0
+    return x
+
+
 def of_masks(device: torch.device) -> Iterator[str]:
     """Bits that the quantizers write on the way."""
     found = families(32, 128)
@@ -134,6 +203,29 @@ def of_turned(device: torch.device) -> Iterator[str]:
             yield from _wrong(f"{name} transposed {i}", numerics.quantize(x, spec, WHOLE), found)
 
 
+def of_pairs(device: torch.device) -> Iterator[str]:
+    """A matrix and its transpose by one kernel: all that two calls give, count and remember, in the second pass too."""
+    spec, small = specs()["floor"], families(96, 160)["outliers"]
+    wide = families(64, 128)["normal"] * torch.logspace(-30, 15, 4, base=2.0).repeat_interleave(32)
+    kept = [[torch.zeros(n, dtype=torch.int32, device=device) for n in (MEMORY, 1, 2)] for _ in range(4)]
+    wants = [Want(False, kind, False, m, lost[0], s) for kind, (m, lost, s) in zip(FP8 * 2, kept, strict=True)]
+    for i, matrix in enumerate((small, wide)):
+        x = matrix.to(device)
+        pair = quantize_pair(x, Side(spec, WHOLE, None, wants[0]), Side(spec, WHOLE, None, wants[1]))
+        alone = quantize(x, spec, WHOLE, want=wants[2]), quantize(x.t(), spec, WHOLE, want=wants[3])
+        for name, one, other in zip(("rows", "columns"), pair, alone, strict=True):
+            assert isinstance(one, Carrier)
+            assert isinstance(other, Carrier)
+            same = torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
+            if not same or one.scale.item() != other.scale.item():
+                yield f"{name} of pair {i}"
+    for one, other in zip(kept[:2], kept[2:], strict=True):
+        if not all(map(torch.equal, one, other)):
+            yield f"what is counted of a pair: {one}, not {other}"
+        if not (one[0][0] and one[1] and one[2].all()):
+            yield f"something is not counted: {one}"
+
+
 def of_held(device: torch.device) -> Iterator[str]:
     """Requantized codes of which a program holds eight rows at a time; with and without a common factor, and noise."""
     x = families(128, 256)["outliers"]
@@ -167,7 +259,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-CHECKS = (of_remembered, of_losses, of_masks, of_turned, of_held)
+CHECKS = (of_remembered, of_losses, of_spreads, of_forms, of_masks, of_turned, of_pairs, of_held)
 
 
 def main() -> int:
