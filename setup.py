@@ -5,7 +5,7 @@
 
 The second form compiles against the torch that is installed, hence --no-build-isolation. FP4DIST_CUDA_ARCHS (for
 example "sm_90a,sm_100a") chooses the architectures: by default those of the GPUs that are present, else those that
-csrc/build.py lists.
+csrc/build.py lists. FP4DIST_CUTLASS (1: the package nvidia-cutlass; or a folder) adds the GEMMs of csrc/cutlass.
 """
 
 import os

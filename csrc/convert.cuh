@@ -57,6 +57,28 @@ __host__ __device__ __forceinline__ uint32_t with_code(uint32_t word, uint32_t n
 #endif
 }
 
+// `word` with the sign of x in place of its top bit.
+__host__ __device__ __forceinline__ uint32_t with_sign(uint32_t word, float x) {
+#ifdef __CUDA_ARCH__
+  uint32_t found;  // one instruction, where the compiler makes two of the same in C
+  asm("lop3.b32 %0, %1, %2, %3, 0xd8;" : "=r"(found) : "r"(word), "r"(bits(x)), "r"(kSign));
+  return found;
+#else
+  return (word & ~kSign) | (bits(x) & kSign);
+#endif
+}
+
+// a + b of a in [0, 6] and b of 0 or 1, rounded up.
+__host__ __device__ __forceinline__ float add_up(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fadd_ru(a, b);
+#else
+  const float sum = a + b;
+  const bool below = static_cast<double>(sum) - static_cast<double>(b) < static_cast<double>(a);  // both exact
+  return floats(bits(sum) + (below ? 1u : 0u));
+#endif
+}
+
 // min(x, limit); a NaN stays.
 __host__ __device__ __forceinline__ float below(float x, float limit) { return x > limit ? limit : x; }
 
@@ -72,27 +94,24 @@ __host__ __device__ __forceinline__ float e2m1_value(uint32_t nibble) {
 // saturating. Adding p (2^22 + 3), p = 2^floor(log2 max(|u|, 1)), rounds to the step p/2 of u's binade; the number of
 // steps in the low bits and the exponent above then sum up to the index.
 __host__ __device__ __forceinline__ uint32_t e2m1_nearest_integer(float u, float& level) {
-  const uint32_t magnitude = bits(u) & 0x7fffffffu;
-  const float a = floats(magnitude < 0x40c00000u ? magnitude : 0x40c00000u);  // 6
-  const uint32_t raised = bits(a) > 0x3f800000u ? bits(a) : 0x3f800000u;
-  const float p = floats(raised & kInfinity);
+  const float a = fminf(fabsf(u), 6.0f);
+  const float p = floats(bits(fmaxf(a, 1.0f)) & kInfinity);
   const float rounded = fmaf(p, 4194307.0f, a);
   level = fmaf(p, -4194307.0f, rounded);
-  return ((bits(rounded) * 0x10000040u) & 0x7fffffffu) | (bits(u) & kSign);
+  return with_sign(bits(rounded) * 0x10000040u, u);
 }
 
-// a in [0, 6] -> as above, up if a is above the level below it by more than (noise + 1/2) / 2^16 of a step; threshold
-// is noise << 6 | 32; the sign is that of `sign`. Below 1 the step is that of [1, 2), so 1 is added there: then a step
-// is always the upper half of a mantissa, and the level below with the threshold under it is the exact value that u is
-// compared with.
-__host__ __device__ __forceinline__ uint32_t e2m1_stochastic_integer(float a, float sign, uint32_t threshold,
+// a in [0, 6] -> as above, up if a is above the level below it by more than (noise + 1/2) / 2^16 of a step; bits 6 to
+// 21 of `noise` are the noise; the sign is that of `sign`. Below 1 the step is that of [1, 2), so 1 is added there: then a
+// step is always the upper half of a mantissa, whose lower 22 bits are compared with noise * 2^6 + 32 by an addition
+// that carries. Rounding a + 1 up keeps that comparison exact: what is lost lay below an integer that it is above.
+__host__ __device__ __forceinline__ uint32_t e2m1_stochastic_integer(float a, float sign, uint32_t noise,
                                                                      float& level) {
   const float one = a < 1.0f ? 1.0f : 0.0f;
-  const uint32_t b = bits(a + one);
-  const uint32_t under = b & 0xffc00000u;
-  const uint32_t step = a > floats(under | threshold) - one ? 0x00400000u : 0u;
-  level = floats(under + step) - one;
-  return (((b + bits(one) + step + 16777216u) << 6) & 0x7fffffffu) | (bits(sign) & kSign);
+  const uint32_t carrying = (~noise & 0x003fffc0u) | 0x0100001fu;  // and 4 to the index of [1, 1.5)
+  const uint32_t word = (bits(add_up(a, one)) + bits(one) + carrying) << 6;
+  level = e2m1_value(word & 0x70000000u);
+  return with_sign(word, sign);
 }
 
 // Non-negative fp32 -> E4M3: nearest even, saturating at 448, NaN -> 0x7f.
@@ -136,7 +155,7 @@ __host__ __device__ __forceinline__ uint32_t e2m1x8_stochastic(const float* a, c
 #pragma unroll
   for (int i = 7; i >= 0; --i) {
     const uint32_t half = i % 2 ? noise[i / 2] >> 10 : noise[i / 2] << 6;
-    word = with_code(word, e2m1_stochastic_integer(a[i], signs[i], (half & 0x003fffc0u) | 32u, level[i]));
+    word = with_code(word, e2m1_stochastic_integer(a[i], signs[i], half, level[i]));
   }
   return word;
 }
@@ -185,6 +204,59 @@ __host__ __device__ __forceinline__ float e8m0_reciprocal(uint32_t byte) {
 // Two fp32 that bf16 holds exactly -> their word, the first one lowest.
 __host__ __device__ __forceinline__ uint32_t bf16x2_exact(float first, float second) {
   return (bits(first) >> 16) | (bits(second) & 0xffff0000u);
+}
+
+// ---- formats of research, by integer arithmetic everywhere --------------------------------------------------------
+
+// A binary float with subnormal numbers: MANTISSA bits, exponents REBIAS below those of fp32.
+// Non-negative fp32 -> its code: nearest even, saturating at `largest`; NaN -> nan.
+template <int MANTISSA, int REBIAS>
+__host__ __device__ __forceinline__ uint32_t float_nearest(float x, float largest, uint32_t nan) {
+  constexpr int kDrop = 23 - MANTISSA;
+  const float smallest_normal = floats(static_cast<uint32_t>(REBIAS + 1) << 23);
+  const float steps_in_one = floats(static_cast<uint32_t>(253 + MANTISSA - REBIAS) << 23);
+  const uint32_t b = bits(below(x, largest));
+  const uint32_t normal = ((b + ((1u << (kDrop - 1)) - 1) + ((b >> kDrop) & 1u)) >> kDrop) -
+                          (static_cast<uint32_t>(REBIAS) << MANTISSA);
+  const uint32_t subnormal = bits(below(x, smallest_normal) * steps_in_one + 8388608.0f) & 0xffu;
+  return x != x ? nan : (x < smallest_normal ? subnormal : normal);
+}
+
+// The code of a magnitude -> its value.
+template <int MANTISSA, int REBIAS>
+__host__ __device__ __forceinline__ float float_value(uint32_t code) {
+  return floats(code << (23 - MANTISSA)) * floats(static_cast<uint32_t>(127 + REBIAS) << 23);
+}
+
+// UE5M3 scales: 61440 is code 0xf7, NaN 0xff.
+__host__ __device__ __forceinline__ uint32_t ue5m3_nearest(float x) {
+  return float_nearest<3, 112>(x, 61440.0f, 0xffu);
+}
+
+__host__ __device__ __forceinline__ float ue5m3_value(uint32_t code) {
+  return code == 0xffu ? not_a_number() : float_value<3, 112>(code);
+}
+
+// FP8 elements, by the bits of their mantissa (3: E4M3, 2: E5M2): magnitude -> index of its level; NaN -> the largest.
+__host__ __device__ __forceinline__ uint32_t fp8_nearest(float x, int mantissa) {
+  return mantissa == 3 ? float_nearest<3, 120>(x, 448.0f, 126u) : float_nearest<2, 112>(x, 57344.0f, 123u);
+}
+
+__host__ __device__ __forceinline__ float fp8_value(uint32_t index, int mantissa) {
+  return mantissa == 3 ? float_value<3, 120>(index) : float_value<2, 112>(index);
+}
+
+// Two fp32 -> the word of two bf16, the first one lowest: nearest even; a NaN stays one.
+__host__ __device__ __forceinline__ uint32_t bf16x2_nearest(float first, float second) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+#else
+  uint32_t b[2] = {bits(first), bits(second)};
+  for (uint32_t& x : b) x = (x & 0x7fffffffu) > kInfinity ? 0x7fc00000u : x + 0x7fffu + ((x >> 16) & 1u);
+  return (b[0] >> 16) | (b[1] & 0xffff0000u);
+#endif
 }
 
 #ifdef FP4DIST_E2M1_STOCHASTIC_HARDWARE

@@ -37,7 +37,7 @@ __device__ __forceinline__ uint32_t quantize_row(const Job& job, const Whole& wh
       if (!S::kTensorScale && byte != 255u) top = byte > top ? byte : top;
     }
   }
-  if (inside && job.codes) store_codes<L / 8>(job.codes + (static_cast<int64_t>(row) * job.cols + col) / 8, words);
+  if (inside && job.codes) store_codes<L / 8>(job.codes + element_at(job, row, col) / 8, words);
   return inside ? top : 0u;
 }
 
@@ -66,25 +66,36 @@ __global__ void __launch_bounds__(kThreads, S::kResident) rows_kernel(const __gr
   const uint32_t stride = kEach * gridDim.x;
   uint32_t found = blockIdx.x * kEach + threadIdx.x / BR;
   // the next elements are on their way while these are worked on, where registers allow it
-  constexpr bool kAhead = L == 16 && !WIDE && (S::ROT == 1 || !S::NOISY);
+  constexpr bool kAhead = !WIDE && (S::ROT == 1 || !S::NOISY);
   Row<L, WIDE> next;
-  const auto spot = [&](uint32_t group) {
-    group = group < number ? group : 0;
-    return Spot{static_cast<int>(group / strips * BR + threadIdx.x % BR), static_cast<int>(group % strips * L), true};
+  // where the next strip is, by additions alone: a division a strip is more work than rounding an element
+  const uint32_t row_step = stride / strips, strip_step = stride % strips;
+  uint32_t row = found / strips, strip = found % strips;
+  const auto step = [&] {
+    found += stride;
+    row += row_step;
+    strip += strip_step;
+    if (strip >= strips) strip -= strips, ++row;
   };
-  Spot at = spot(found);
+  const auto spot = [&] {  // of a thread without a strip: the first one, which is there
+    const bool inside = found < number;
+    return Spot{static_cast<int>((inside ? row : 0) * BR + threadIdx.x % BR),
+                static_cast<int>((inside ? strip : 0) * L), inside};
+  };
+  Spot at = spot();
   if (kAhead) next.read(job.data, at.row * job.stride + at.col);
   const Whole whole = whole_of<S>(job);
   uint32_t top = 0;
   // all threads of a block make the same number of rounds: lanes exchange
-  for (uint32_t round = blockIdx.x * kEach; round < number; round += stride, found += stride) {
+  for (uint32_t round = blockIdx.x * kEach; round < number; round += stride) {
     float y[L];
     if (!kAhead) next.read(job.data, at.row * job.stride + at.col);
     next.get(y);
     const Spot now = at;
-    at = spot(found + stride);
+    step();
+    at = spot();
     if (kAhead && round + stride < number) next.read(job.data, at.row * job.stride + at.col);
-    const uint32_t magnitude = quantize_row<S>(job, whole, y, now.row, now.col, found < number);
+    const uint32_t magnitude = quantize_row<S>(job, whole, y, now.row, now.col, now.inside);
     top = magnitude > top ? magnitude : top;
   }
   raise(job, top);

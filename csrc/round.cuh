@@ -19,8 +19,9 @@ struct Side {
   static constexpr int kColumns = 4 * L;      // of a tile in memory
   static constexpr int kStrips = kDepth / L;  // threads side by side along the contracted dimension
   // resident blocks of threads that registers are to leave room for
-  static constexpr int kResident = RULE == kFourOverSix || L == 32 ? 2 : (NOISY ? 3 : 4);
-  static constexpr int kResidentTurned = NOISY && ROT > 1 ? 2 : kResident;
+  static constexpr bool kThree = RULE == kFourOverSix || (RULE == kEden && L == 32) || (NOISY && ROT == 1);
+  static constexpr int kResident = kThree ? 3 : (L == 32 ? 2 : 4);
+  static constexpr int kResidentTurned = L == 32 ? 2 : (NOISY ? 3 : kResident);
   static constexpr bool kTensorScale = RULE == kAmax || RULE == kFourOverSix;
 };
 
@@ -50,14 +51,23 @@ __device__ __forceinline__ Whole whole_of(const Job& job) {
   return whole;
 }
 
+// Number of an element. Unsigned, as all places here: dividing what might be negative takes several instructions more.
+__device__ __forceinline__ uint64_t element_at(const Job& job, int row, int col) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(job.cols) +
+         static_cast<uint32_t>(col);
+}
+
 template <class S>
 __device__ __forceinline__ void store_scale(const Job& job, int row, int col, uint32_t byte) {
   auto* scales = static_cast<uint8_t*>(job.scales);
-  const int blocks = job.cols / S::E;
+  const uint32_t r = static_cast<uint32_t>(row), k = static_cast<uint32_t>(col) / S::E;
   if (job.swizzled) {
-    scales[scale_at(row, col / S::E, blocks, true)] = static_cast<uint8_t>(byte);
-  } else if (row % S::BR == 0) {
-    scales[scale_at(row / S::BR, col / S::E, blocks, false)] = static_cast<uint8_t>(byte);
+    scales[scale_at(row, static_cast<int>(k), job.cols / S::E, true)] = static_cast<uint8_t>(byte);
+  } else if (S::BR == 1) {
+    scales[element_at(job, row, col) / S::E] = static_cast<uint8_t>(byte);
+  } else if (r % S::BR == 0) {
+    const uint32_t blocks = static_cast<uint32_t>(job.cols) / S::E;
+    scales[static_cast<uint64_t>(r / S::BR) * blocks + k] = static_cast<uint8_t>(byte);
   }
 }
 
@@ -89,18 +99,6 @@ __device__ __forceinline__ uint32_t round_eight(const float* u, const float* y, 
   return S::NOISY ? e2m1x8_stochastic(u, y, noise.w, level) : e2m1x8_nearest(u, level);
 }
 
-// The error of levels under a scale, over the whole block.
-template <class S>
-__device__ __forceinline__ float error(const float* y, const float* level, float scale, float unit, int metric) {
-  float d[S::E];
-#pragma unroll
-  for (int i = 0; i < S::E; ++i) d[i] = fabsf(y[i]) - level[i] * scale * unit;
-  if (metric == 2) return largest_of_rows<S::BR>(largest<S::E>(d));
-#pragma unroll
-  for (int i = 0; i < S::E; ++i) d[i] = metric == 0 ? d[i] * d[i] : fabsf(d[i]);
-  return sum_of_rows<S::BR>(tree_sum<S::E>(d));
-}
-
 // Where a block stands; `inside` is false for a thread without elements of its own, which takes part in exchanges only.
 struct Spot {
   int row, col;
@@ -124,7 +122,7 @@ template <class S>
 __device__ __forceinline__ void round_block(const Job& job, const Moment& now, const Spot& spot, const Scale& scale,
                                             const float* y, uint32_t* words) {
   const bool first = !S::kTensorScale && job.rule == kFloor;
-  auto* values = job.values + (static_cast<int64_t>(spot.row) * job.cols + spot.col) / 2;
+  auto* values = job.values + element_at(job, spot.row, spot.col) / 2;
 #pragma unroll
   for (int g = 0; g < S::W / 8; ++g) {
     float u[8], level[8];
@@ -137,9 +135,40 @@ __device__ __forceinline__ void round_block(const Job& job, const Moment& now, c
     Words noise{};
     if constexpr (S::NOISY) noise = noise_of_eight(job, now, spot.row, spot.col + 8 * g);
     words[g] = round_eight<S>(u, y + 8 * g, noise, level);
-    if (spot.inside && job.values) store_values(values + 4 * g, level, y + 8 * g, scale.value);
+    if (spot.inside && job.values) {  // levels from the codes: kept beside them, all would pay for them
+#pragma unroll
+      for (int i = 0; i < 8; ++i) level[i] = e2m1_value((words[g] << (28 - 4 * i)) & 0x70000000u);
+      store_values(values + 4 * g, level, y + 8 * g, scale.value);
+    }
     if (scale.value != scale.value) words[g] = kNanCodes;
   }
+}
+
+// Code words of a block under a scale, and the error of their values over the whole block.
+template <class S>
+__device__ __forceinline__ float try_scale(const float* y, const Scale& scale, float unit, int metric,
+                                           uint32_t* words) {
+  constexpr int G = S::E / 8;
+  static_assert(G == 2, "blocks of sixteen");
+  float part[G];
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    float u[8], d[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) u[i] = y[8 * g + i] * scale.multiplier;
+    words[g] = e2m1x8_nearest(u, d);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) d[i] = fabsf(y[8 * g + i]) - d[i] * scale.value * unit;
+    if (metric == 2) {
+      part[g] = largest<8>(d);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) d[i] = metric == 0 ? d[i] * d[i] : fabsf(d[i]);
+      part[g] = tree_sum<8>(d);
+    }
+  }
+  if (metric == 2) return largest_of_rows<S::BR>(max_magnitude(part[0], part[1]));
+  return sum_of_rows<S::BR>(part[0] + part[1]);
 }
 
 // The better of two E4M3 scales; see FourOverSix in fp4dist/spec/blocks.py.
@@ -152,30 +181,20 @@ __device__ __forceinline__ void best_of_two(const Job& job, float unit, const Sp
   other.value = e4m3_value(other.byte);
   other.multiplier = multiplier_of(other.value, unit);
   uint32_t other_words[E / 8];
-  float level[E], other_level[E];
-#pragma unroll
-  for (int g = 0; g < E / 8; ++g) {
-    float u[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) u[i] = y[8 * g + i] * scale.multiplier;
-    words[g] = e2m1x8_nearest(u, level + 8 * g);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) u[i] = y[8 * g + i] * other.multiplier;
-    other_words[g] = e2m1x8_nearest(u, other_level + 8 * g);
-  }
-  const bool better =
-      error<S>(y, other_level, other.value, unit, job.metric) < error<S>(y, level, scale.value, unit, job.metric);
+  const float error = try_scale<S>(y, scale, unit, job.metric, words);
+  const bool better = try_scale<S>(y, other, unit, job.metric, other_words) < error;
   if (better) scale = other;
 #pragma unroll
   for (int g = 0; g < E / 8; ++g) {
-    words[g] = scale.value != scale.value ? kNanCodes : (better ? other_words[g] : words[g]);
+    words[g] = better ? other_words[g] : words[g];
     if (spot.inside && job.values) {
-      float chosen[8];
+      float level[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) chosen[i] = better ? other_level[8 * g + i] : level[8 * g + i];
-      auto* values = job.values + (static_cast<int64_t>(spot.row) * job.cols + spot.col) / 2;
-      store_values(values + 4 * g, chosen, y + 8 * g, scale.value);
+      for (int i = 0; i < 8; ++i) level[i] = e2m1_value((words[g] << (28 - 4 * i)) & 0x70000000u);
+      auto* values = job.values + element_at(job, spot.row, spot.col) / 2;
+      store_values(values + 4 * g, level, y + 8 * g, scale.value);
     }
+    if (scale.value != scale.value) words[g] = kNanCodes;
   }
 }
 

@@ -17,15 +17,16 @@ import torch
 from fp4dist.kernels import cuda
 from fp4dist.spec.load import shipped
 
-NAMES = ("quantize", "requantize", "quantize_pair", "to_carrier", "amax", "Side")
+NAMES = ("quantize", "requantize", "quantize_pair", "to_carrier", "amax", "Side", "filter_by_mask")
 
 
 def of_csrc() -> dict[str, Any]:
     """The functions of csrc/ under the names that bench_kernels has for Triton's."""
-    from fp4dist.kernels.cuda import decode, ops, quantize
+    from fp4dist.kernels.cuda import filters, ops, quantize, quantizers
 
     found = (
-        quantize.quantize, quantize.requantize, quantize.quantize_pair, decode.to_carrier, ops.amax, quantize.Side,
+        quantizers.quantize, quantizers.requantize, quantize.quantize_pair, quantizers.to_carrier, ops.amax,
+        quantize.Side, filters.filter_by_mask,
     )  # fmt: skip
     return dict(zip(NAMES, found, strict=True))
 
@@ -45,8 +46,6 @@ def measure(recipes: list[str], repeats: int, rows: int, *, triton: bool) -> dic
         for name, function in functions.items():
             setattr(cases_of, name, function)
         for case in cases_of.cases(recipes):
-            if case.name.startswith("filter"):  # csrc/ has none
-                continue
             bytes_of[case.name, case.what] = case.bytes
             try:
                 time = cases_of.median(
@@ -71,6 +70,7 @@ def main() -> None:
     """Measure and write a report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the recipes of bench_kernels.QUICK, few repeats")
+    parser.add_argument("--recipes", nargs="*", default=[], help="the quantizers of these")
     parser.add_argument("--triton", action="store_true", help="time Triton's kernels as well")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--rows", type=int, default=cases_of.SHAPE[0])
@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     if cuda.MISSING is not None:
         raise SystemExit(cuda.MISSING)
-    recipes = list(cases_of.QUICK) if args.quick else shipped("recipes")
+    recipes = args.recipes or (list(cases_of.QUICK) if args.quick else shipped("recipes"))
     report = measure(recipes, 7 if args.quick else args.repeats, args.rows, triton=args.triton)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({**cases_of.environment(), **report}, indent=1) + "\n", encoding="utf-8")

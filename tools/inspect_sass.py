@@ -5,6 +5,8 @@ without one the instruction columns stay empty. Exit status 1 where a file does 
 
     python tools/inspect_sass.py                                  # every architecture that nvcc knows
     python tools/inspect_sass.py --archs sm_100a --out runs/sass.json
+    FP4DIST_CUTLASS=1 python tools/inspect_sass.py --files 'cutlass/*.cu'     # CUTLASS's GEMMs: minutes, 6 GB each
+    python tools/inspect_sass.py --docs docs/blackwell.md         # and write the table there
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -36,6 +39,8 @@ INSTRUCTIONS = {
     "shuffles": r"SHFL\S*",
     "local memory": r"(?:LDL|STL)\S*",
 }
+BEGIN, END = "<!-- tools/inspect_sass.py -->", "<!-- end -->"
+BUILD = runpy.run_path(str(CSRC / "build.py"))
 
 
 @dataclass
@@ -73,8 +78,8 @@ def _beside(nvcc: str) -> str:
 
 
 def cached(source: Path, arch: str) -> list[Kernel]:
-    """`inspect`, kept in the temporary folder by the text of csrc/, the compiler and the architecture."""
-    texts = b"".join(path.read_bytes() for path in sorted([source, *CSRC.glob("*.h"), *CSRC.glob("*.cuh")]))
+    """`inspect`, kept in the temporary folder by the text of what is compiled, the compiler and the architecture."""
+    texts = b"".join(path.read_bytes() for path in _with_includes(source))
     version = subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
     name = hashlib.sha256(b"%s %s %s" % (texts, version, Path(__file__).read_bytes())).hexdigest()[:20]
     kept = Path(tempfile.gettempdir()) / f"fp4dist-sass-{source.stem}-{arch}-{name}.json"
@@ -87,11 +92,24 @@ def cached(source: Path, arch: str) -> list[Kernel]:
     return kernels
 
 
+def _with_includes(source: Path) -> list[Path]:
+    """A file and what it includes of csrc/, and so on."""
+    found, left = [], [source]
+    while left:
+        path = left.pop()
+        if path in found or not path.is_file():
+            continue
+        found.append(path)
+        names = re.findall(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+        left += [folder / name for name in names for folder in (path.parent, CSRC)]
+    return sorted(found)
+
+
 def inspect(source: Path, arch: str) -> list[Kernel]:
     """Compile one file; RuntimeError with the compiler's words if it does not."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
-        command = ["nvcc", *FLAGS, f"-arch={arch}", "-o", str(cubin), str(source)]
+        command = ["nvcc", *FLAGS, *_more_flags(source), f"-arch={arch}", "-o", str(cubin), str(source)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(f"{source.name} for {arch}: {run.stderr.strip()[:3000]}")
@@ -104,6 +122,53 @@ def inspect(source: Path, arch: str) -> list[Kernel]:
     for kernel in kernels:
         kernel.name = readable[kernel.name]
     return kernels
+
+
+def _more_flags(source: Path) -> list[str]:
+    """Of the files in csrc/cutlass."""
+    if source.parent == CSRC:
+        return []
+    headers = BUILD["cutlass_headers"]()
+    if headers is None:
+        raise RuntimeError(f"{source.name} needs CUTLASS's headers: set FP4DIST_CUTLASS, see csrc/build.py")
+    return ["--expt-relaxed-constexpr", f"-I{headers}", f"-I{CSRC}"]
+
+
+def fits(source: Path, arch: str) -> bool:
+    """Whether a file is for an architecture: those of csrc/cutlass are for one kind."""
+    return source.parent == CSRC or f"gemm_{BUILD['GEMMS'].get(arch)}_" in source.name
+
+
+def table(kernels: list[Kernel]) -> str:
+    """Markdown: of each file and architecture its kernels, their registers and shared memory, what was found."""
+    lines = [
+        "| file | architecture | kernels | registers | spilled bytes | shared bytes | instructions | found |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for file, arch in dict.fromkeys((k.file, k.arch) for k in sorted(kernels, key=lambda k: (k.file, k.arch))):
+        here = [k for k in kernels if (k.file, k.arch) == (file, arch)]
+        sums = {name: sum(k.found.get(name, 0) for k in here) for name in INSTRUCTIONS}
+        found = ", ".join(f"{n} {name}" for name, n in sums.items() if n and name != "shuffles")
+        numbers = [
+            len(here), _range([k.registers for k in here]), sum(k.spill_bytes for k in here),
+            max(k.shared_bytes for k in here), _range([k.instructions for k in here]),
+        ]  # fmt: skip
+        lines.append(f"| `{file}` | {arch} | {' | '.join(map(str, numbers))} | {found} |")
+    return "\n".join(lines)
+
+
+def _range(values: list[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
+
+
+def write_docs(page: Path, kernels: list[Kernel]) -> None:
+    """Put the table between BEGIN and END of a page."""
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{page} has no lines {BEGIN} and {END} to put the table between")
+    page.write_text(f"{before}{BEGIN}\n\n{table(kernels)}\n\n{END}{after}", encoding="utf-8")
 
 
 def _reported(file: str, arch: str, text: str) -> Iterator[Kernel]:
@@ -138,7 +203,13 @@ def _demangled(names: list[str]) -> dict[str, str]:
 
 
 def _short(name: str) -> str:
-    """Without namespaces, casts and parameters."""
+    """Without namespaces, casts and parameters; of CUTLASS's kernels what tells them apart."""
+    if "device_kernel" in name:  # too long for c++filt
+        many = "grouped" if "GroupProblemShape" in name else "one"
+        to = "bf16" if "bfloat16_t" in name else "fp32 + fp32"
+        return f"gemm, {many}, to {to}"
+    if "fill_table" in name:
+        return "fill_table"
     bare = re.sub(r"\(fp4dist::Rule\)(\d+)", r"rule \1", re.sub(r"^void ", "", name))
     bare = bare.replace("(anonymous namespace)::", "").replace("fp4dist::", "")
     return re.sub(r"\((?:int|bool)\)", "", re.sub(r"\((?!int\)|bool\)).*$", "", bare))
@@ -151,11 +222,13 @@ def main() -> int:
     parser.add_argument("--files", default="*.cu", help="glob in csrc/")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--docs", type=Path, help="page whose table is to be replaced")
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="reports of earlier calls that join the table")
     args = parser.parse_args()
     if shutil.which("nvcc") is None:
         raise SystemExit("nvcc is not on PATH; it comes with the CUDA toolkit (12.9 or newer for every architecture)")
     archs = [a for a in args.archs.split(",") if a] or known_architectures()
-    jobs = [(source, arch) for arch in archs for source in sorted(CSRC.glob(args.files))]
+    jobs = [(source, arch) for arch in archs for source in sorted(CSRC.glob(args.files)) if fits(source, arch)]
     try:
         with ThreadPoolExecutor(args.jobs) as pool:
             kernels = [k for found in pool.map(lambda job: cached(*job), jobs) for k in found]
@@ -167,11 +240,14 @@ def main() -> int:
         found = ", ".join(f"{n} {name}" for name, n in k.found.items() if n)
         numbers = f"{k.registers:>9} {k.spill_bytes:>6} {k.stack_bytes:>5} {k.shared_bytes:>6} {k.instructions:>6}"
         print(f"{k.arch:<8} {numbers}  {k.file}: {k.name}  [{found}]")
-    spilling = [k for k in kernels if k.spill_bytes or k.stack_bytes]
-    print(f"{len(kernels)} kernels for {', '.join(archs)}; {len(spilling)} spill or use a stack")
+    spilling = [k for k in kernels if (k.spill_bytes or k.stack_bytes) and not k.file.startswith("gemm_")]
+    print(f"{len(kernels)} kernels for {', '.join(archs)}; {len(spilling)} beside CUTLASS's spill or use a stack")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps([asdict(k) for k in kernels], indent=1) + "\n", encoding="utf-8")
+    if args.docs is not None:
+        earlier = [Kernel(**row) for path in args.add for row in json.loads(path.read_text(encoding="utf-8"))]
+        write_docs(args.docs, [*kernels, *earlier])
     return bool(spilling) or not kernels
 
 

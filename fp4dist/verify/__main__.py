@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fp4dist.spec.load import load_run, shipped
-from fp4dist.verify import conversions, parity, report, speed, training
+from fp4dist.verify import conversions, parity, report, speed, training, wires
 
 
 def main() -> int:
@@ -36,6 +36,8 @@ def main() -> int:
     if gpu or interpreted:
         section("bits against the reference")
         matrix = parity.of_linears(names, device, say) if gpu else parity.of_operands(names, torch.device("cuda"), say)
+        if gpu:
+            wires.of_wires(matrix, device)
         data["parity"] = report.of_matrix(matrix)
     if gpu:
         section("conversion instructions")

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fp4dist.kernels.cuda import filters
 from fp4dist.numerics.codes import decode_packed
 from fp4dist.numerics.layout import TILE_COLUMNS, TILE_ROWS
 from fp4dist.numerics.rotation import unrotate
@@ -26,8 +27,19 @@ def why_not_codes(q: BlockScaledTensor) -> str | None:
         (q.format.scale.name not in ("e4m3", "e8m0"), f"{q.format.scale.name} scales"),
         (q.global_scale.dim() != 0, "scales of rows or tiles"),
         (q.samples != 1, "several samples"),
+        (q.block[1] % 8 != 0, f"blocks {list(q.block)}"),
     )
     return next((f"csrc reads no codes with {what}" for missing, what in lacks if missing), None)
+
+
+def why_not_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> str | None:
+    """Why `to_carrier` cannot write the values of `q` in `dtype`, or None."""
+    reason = why_not_codes(q)
+    if reason is None and dtype in FP8_TYPES and q.format.scale.name != "e8m0":
+        return f"E4M3 scales, whose values need bf16, have no carrier in {dtype}"
+    if reason is None and dtype not in (torch.bfloat16, *FP8_TYPES):
+        return f"no carrier of {dtype}"
+    return reason
 
 
 def dequantize(q: BlockScaledTensor) -> Tensor:
@@ -39,17 +51,15 @@ def dequantize(q: BlockScaledTensor) -> Tensor:
 
 def original(q: BlockScaledTensor, rotation: Hadamard | None, key: Key | None = None) -> Tensor:
     """[R, C] fp32 values of `q`, turned back from the rotated basis that its codes are in."""
+    if rotation is not None and filters.why_no_original(q) is None:
+        return filters.original(q, rotation, key)
     values = dequantize(q)
     return values if rotation is None else unrotate(values, rotation, key)
 
 
 def to_carrier(q: BlockScaledTensor, dtype: torch.dtype, *, transposed: bool = False) -> Carrier:
     """The values of codes `q` [R, C], or of their transpose, in bf16 or FP8: as the Triton backend's `to_carrier`."""
-    reason = why_not_codes(q)
-    if reason is None and dtype in FP8_TYPES and q.format.scale.name != "e8m0":
-        reason = f"E4M3 scales, whose values need bf16, have no carrier in {dtype}"
-    if reason is None and dtype not in (torch.bfloat16, *FP8_TYPES):
-        reason = f"no carrier of {dtype}"
+    reason = why_not_carrier(q, dtype)
     if reason is not None:
         raise ValueError(f"{reason}; ask for bf16, or multiply the dequantized matrix")
     if transposed and (q.rotation != 1 or (q.block[0] != q.block[1] and q.scales.numel() != 1)):

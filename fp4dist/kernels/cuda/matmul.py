@@ -3,8 +3,9 @@
 NVFP4 x NVFP4 runs on codes. MXFP4 x MXFP4 does where this build of torch multiplies it, which one small product finds
 out; elsewhere its codes go as E4M3 values, which hold them exactly, to the FP8 tensor cores, under the same scales.
 Everything else (a plain operand, two formats, sizes that the instructions do not take) is multiplied as bf16 carriers,
-and what has none in the reference's way. Scales of the tensors, and the rotation's 1/n, multiply the fp32 sum.
-torch has no form that adds to fp32 `into`: the product is written in fp32 and added by one more kernel.
+and what bf16 does not hold, or stands beside codes, as sums of three bf16 terms (`terms`, `parted`). Scales of the
+tensors, and the rotation's 1/n, multiply the fp32 sum.
+torch has no form that adds to fp32 `into`: where `gemm` has none either, the product is written and added afterwards.
 
 No GEMM of this file has run: no machine of this project has FP4 tensor cores (docs/blackwell.md).
 """
@@ -20,11 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fp4dist import numerics
-from fp4dist.kernels.cuda import decode
+from fp4dist.kernels.cuda import decode, gemm, quantizers, terms
 from fp4dist.kernels.registry import NATIVE, Request
-from fp4dist.numerics.matmul import Operand, check_product
-from fp4dist.numerics.scales import fp32
-from fp4dist.numerics.tensor import BlockScaledTensor, PartedTensor, Quantized
+from fp4dist.kernels.triton import parted
+from fp4dist.numerics.matmul import Operand, Single, check_product
+from fp4dist.numerics.scales import divide
+from fp4dist.numerics.tensor import BlockScaledTensor, PartedTensor
 from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
 
@@ -54,14 +56,7 @@ def supports(request: Request) -> str | None:
         return f"needs FP4 tensor cores (compute capability 10.0), not {capability[0]}.{capability[1]}"
     if not hasattr(functional, "scaled_mm") or not hasattr(torch, "float4_e2m1fn_x2"):
         return f"torch {torch.__version__} has no scaled_mm for FP4"
-    return supports_codes(request)
-
-
-def supports_codes(request: Request) -> str | None:
-    """Why csrc/ cannot read the codes that `request` is about, or None."""
-    if request.spec is not None and not _has_bf16(request.spec):
-        return f"reads E2M1 codes under one-byte scales and one scale of the tensor, not {request.spec.label()}"
-    return None
+    return quantizers.why_not_values(request.spec)
 
 
 def carrier_types(
@@ -72,23 +67,52 @@ def carrier_types(
     specs = [spec for spec in (a, b) if spec is not None]
     if not specs or not all(_has_bf16(spec) for spec in specs):
         return None
-    both = len(specs) == 2 and specs[0].format == specs[1].format
+    both = len(specs) == 2 and all(map(_is_native, specs)) and specs[0].format == specs[1].format
     return None if both else (torch.bfloat16, torch.bfloat16)
 
 
-def _has_bf16(spec: QuantSpec) -> bool:
+def _is_native(spec: QuantSpec) -> bool:
+    """Whether FP4 tensor cores have the format."""
     one_scale = spec.above in ("none", "tensor") and 0 not in spec.shape
-    return (
-        spec.format.element == E2M1 and spec.format.scale.name in _KINDS and one_scale and spec.samples == 1
-        and not spec.has_parts
-    )  # fmt: skip
+    return spec.format.element == E2M1 and spec.format.scale.name in _KINDS and one_scale
+
+
+def _has_bf16(spec: QuantSpec) -> bool:
+    """Whether bf16 holds codes times their block scales, all else multiplying whole rows, or the tensor."""
+    if spec.samples != 1 or spec.has_parts or isinstance(spec.above, tuple):
+        return False
+    element, scale = spec.format.element, spec.format.scale
+    if scale.name == "fp32":
+        return spec.shape[1] == 0 and _is_exact(element.levels)
+    return scale.bf16_exact and element == E2M1
+
+
+@cache
+def _is_exact(levels: tuple[float, ...]) -> bool:
+    exact = torch.tensor(levels, dtype=torch.float64)
+    return torch.equal(exact.to(torch.bfloat16).double(), exact)
 
 
 def matmul(a_MK: Operand, b_NK: Operand, *, out: torch.dtype = torch.float32, into: Tensor | None = None) -> Tensor:
     """A B^T; see `fp4dist.numerics.matmul`."""
     rotation = check_product(a_MK, b_NK, out, into)
     if not (isinstance(a_MK, BlockScaledTensor) and isinstance(b_NK, BlockScaledTensor) and takes(a_MK, b_NK)):
-        return numerics.matmul(_in_bf16(a_MK), _in_bf16(b_NK), out=out, into=into)
+        if isinstance(a_MK, PartedTensor) or isinstance(b_NK, PartedTensor):
+            return parted.matmul(a_MK, b_NK, matmul, out=out, into=into)
+        pairs = [(x, y) for x in _draws(a_MK) for y in _draws(b_NK)]
+        if len(pairs) == 1:
+            left, right = _in_bf16(a_MK), _in_bf16(b_NK)
+            quantized = not (isinstance(left, Tensor) and isinstance(right, Tensor))
+            if quantized and (terms.is_wide(left) or terms.is_wide(right)):
+                return terms.matmul(left, right, matmul, out=out, into=into)
+            return numerics.matmul(left, right, out=out, into=into)
+        total = matmul(*pairs[0])
+        for x, y in pairs[1:]:
+            total = matmul(x, y, into=total)
+        total = divide(total, float(len(pairs)))
+        return total.to(out) if into is None else into.add_(total)
+    if into is not None and gemm.is_there(into.device) and gemm.takes([(a_MK, b_NK)], [into], out):
+        return gemm.multiply([(a_MK, b_NK)], [into], [rotation])[0]
     product = _scaled(a_MK, b_NK, rotation, torch.float32 if into is not None else out)
     return product if into is None else into.add_(product)
 
@@ -100,8 +124,20 @@ def grouped_matmul(
     out: torch.dtype = torch.float32,
     into: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """One `matmul` a pair: each has tensor scales of its own, `scaled_grouped_mm` has one pair for all groups."""
+    """In one launch where csrc/cutlass can (`gemm`); else one `matmul` a pair, as each has tensor scales of its own and
+    `scaled_grouped_mm` has one pair for all groups.
+    """
     sums = [None] * len(a) if into is None else into
+    pairs = [
+        (x, w)
+        for x, w in zip(a, b, strict=True)
+        if isinstance(x, BlockScaledTensor) and isinstance(w, BlockScaledTensor) and takes(x, w)
+    ]
+    added = [total for total in sums if total is not None]
+    if len(a) == len(pairs) > 1 and len(added) in (0, len(a)) and gemm.is_there(pairs[0][0].codes.device):
+        rotations = [check_product(*pair, out, total) for pair, total in zip(pairs, sums, strict=True)]
+        if gemm.takes(pairs, added or None, out):
+            return gemm.multiply(pairs, added or None, rotations)
     return [matmul(x, w, out=out, into=total) for x, w, total in zip(a, b, sums, strict=True)]
 
 
@@ -111,26 +147,25 @@ def takes(a: BlockScaledTensor, b: BlockScaledTensor) -> bool:
     return codes and _is_mx(a) == _is_mx(b) and a.shape[1] % _COLUMNS == 0 and b.shape[0] % _ROWS == 0
 
 
-def dequantize(q: Quantized) -> Tensor:
-    """[R, C] fp32 values; see `fp4dist.numerics.dequantize`."""
-    if isinstance(q, PartedTensor):
-        values = dequantize(q.main)
-        return values if q.side is None else values + q.side * fp32(q.rotation**-0.5)
-    return decode.dequantize(q)
-
-
 def _is_mx(q: BlockScaledTensor) -> bool:
     return q.format.scale.name == "e8m0"
 
 
-def _in_bf16(operand: Operand) -> Operand:
+def _in_bf16(operand: Single) -> Single:
     """Codes that bf16 holds as their carrier; the others as they are."""
     if isinstance(operand, BlockScaledTensor):
         if operand.carrier is not None:
             return operand.carrier
-        if decode.why_not_codes(operand) is None:
-            return decode.carrier_of(operand, torch.bfloat16)
+        if quantizers.why_not_carrier(operand, torch.bfloat16) is None:
+            return quantizers.to_carrier(operand, torch.bfloat16)
     return operand
+
+
+def _draws(operand: Single) -> list[Single]:
+    """Each sample alone, where there are several."""
+    if not isinstance(operand, BlockScaledTensor) or operand.samples == 1:
+        return [operand]
+    return [operand.sample(i) for i in range(operand.samples)]
 
 
 def _scaled(a: BlockScaledTensor, b: BlockScaledTensor, rotation: int, out: torch.dtype) -> Tensor:

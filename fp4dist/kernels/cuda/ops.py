@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.cuda import decode, jobs, matmul, quantize
+from fp4dist.kernels.cuda import filters, jobs, matmul, quantize, quantizers, wire
 from fp4dist.kernels.registry import Request, kernel
 from fp4dist.numerics.matmul import Operand
 
@@ -33,7 +33,7 @@ def supports_spec(request: Request) -> str | None:
     """Why the quantizers cannot serve `request`, or None."""
     if request.spec is None:
         return supports(request) or "needs a spec"
-    return supports(request) or jobs.why_not(request.spec)
+    return supports(request) or quantizers.why_not(request.spec)
 
 
 def supports_pair(request: Request) -> str | None:
@@ -43,18 +43,38 @@ def supports_pair(request: Request) -> str | None:
     return supports(request) or jobs.why_not_pair(request.spec, request.other)
 
 
+def supports_filter(request: Request) -> str | None:
+    """Why gradients cannot pass the quantizer of `request` here, or None."""
+    if request.spec is None:
+        return supports(request) or "needs a spec"
+    return supports(request) or filters.why_not(request.spec)
+
+
+def supports_values(request: Request) -> str | None:
+    """Why codes of `request` cannot be decoded, or None."""
+    return supports(request) or quantizers.why_not_values(request.spec)
+
+
 def quantize_pair(x: Tensor, row: tuple[Any, ...], column: tuple[Any, ...]) -> tuple[Operand, Operand]:
     """Both operands of one matrix; row, column: the arguments of `quantize` after the matrix, and `want`."""
     return quantize.quantize_pair(x, quantize.Side(*row), quantize.Side(*column))
 
 
-kernel("quantize", backend="cuda", supports=supports_spec, carries=True)(quantize.quantize)
-kernel("requantize", backend="cuda", supports=supports_spec, carries=True, unrotates=True)(quantize.requantize)
+kernel("quantize", backend="cuda", supports=supports_spec, carries=True)(quantizers.quantize)
+kernel("requantize", backend="cuda", supports=supports_spec, carries=True, unrotates=True)(quantizers.requantize)
 kernel("quantize_pair", backend="cuda", supports=supports_pair)(quantize_pair)
-kernel("to_carrier", backend="cuda", supports=supports_spec)(decode.to_carrier)
-kernel("dequantize", backend="cuda", supports=lambda r: supports(r) or matmul.supports_codes(r))(matmul.dequantize)
-kernel("matmul", backend="cuda", supports=matmul.supports, carrier_types=matmul.carrier_types)(matmul.matmul)
+kernel("to_carrier", backend="cuda", supports=supports_spec)(quantizers.to_carrier)
+kernel("dequantize", backend="cuda", supports=supports_values, sums=True)(quantizers.dequantize)
+kernel("original", backend="cuda", supports=supports_values, sums=True)(quantizers.original)
+kernel("mask", backend="cuda", supports=supports_filter)(filters.mask)
+kernel("filter_by_mask", backend="cuda", supports=supports_filter)(filters.filter_by_mask)
+kernel("filter_by_scales", backend="cuda", supports=supports_filter)(filters.filter_by_scales)
+kernel("matmul", backend="cuda", supports=matmul.supports, carrier_types=matmul.carrier_types, sums=True)(matmul.matmul)
 kernel("grouped_matmul", backend="cuda", supports=matmul.supports)(matmul.grouped_matmul)
+kernel("wire_encode", backend="cuda", supports=supports)(wire.encode)
+kernel("wire_accumulate", backend="cuda", supports=supports)(wire.accumulate)
+kernel("wire_recode", backend="cuda", supports=supports)(wire.recode)
+kernel("wire_sum_plain", backend="cuda", supports=supports)(wire.sum_plain)
 
 
 @kernel("amax", backend="cuda", supports=supports)
@@ -97,5 +117,9 @@ def _writes_only(*_: Any) -> None:
     """The other operators write what they are given and return nothing."""
 
 
-for _name in ("quantize", "quantize_pair", "eden_scales", "decode", "largest_byte", "swizzle"):
+for _name in (
+    "quantize", "quantize_pair", "eden_scales", "decode", "largest_byte", "swizzle", "grid_quantize", "grid_largest",
+    "grid_decode", "clip_mask", "clip_filter", "turn_back",
+    "wire_encode", "wire_sum", "wire_recode", "wire_plain",
+):  # fmt: skip
     torch.library.register_fake(f"fp4dist::{_name}")(_writes_only)

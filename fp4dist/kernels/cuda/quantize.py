@@ -13,6 +13,7 @@ from fp4dist.kernels.cuda import jobs
 from fp4dist.kernels.cuda.decode import FP8_TYPES, carrier_of, original
 from fp4dist.kernels.cuda.jobs import Form, Source, form_of
 from fp4dist.numerics.grouping import ReduceMax
+from fp4dist.numerics.handed import handed
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
 from fp4dist.spec.blocks import Hadamard
 from fp4dist.spec.recipe import QuantSpec
@@ -115,11 +116,14 @@ def _measure_pair(row: _Work, column: _Work, when: Tensor | None) -> None:
     """The amax of x and of x^T, in the bases that they are quantized in, from one reading."""
     if row.form.rotation == column.form.rotation == 1:
         row.measure()
-        column.outer = (
-            row.outer
-            if column.reduce_max is row.reduce_max
-            else column.reduced(measure(column.source, column.spec, None))
-        )
+        if column.reduce_max is row.reduce_max:
+            column.outer = row.outer
+        else:
+            column.measure()
+        return
+    if row.handed() is not None or column.handed() is not None:
+        row.measure()
+        column.measure()
         return
     tops = torch.zeros(2, dtype=torch.int32, device=row.source.tensor.device)
     (how, factors), (how_t, factors_t) = (_measurement(w.source, w.spec, w.key) for w in (row, column))
@@ -138,7 +142,8 @@ def _run(work: _Work) -> BlockScaledTensor | Carrier:
 
 @lru_cache(maxsize=64)
 def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.full((), value, device=device)
+    with torch.inference_mode(False):  # it outlives the pass, and backward may keep it
+        return torch.full((), value, device=device)
 
 
 class _Work:
@@ -182,13 +187,20 @@ class _Work:
     def measure(self) -> None:
         """Find the logical tensor's amax, if the scales need it."""
         if self.form.needs_amax:
-            self.outer = self.reduced(measure(self.source, self.spec, self.key))
+            known = self.handed()
+            self.outer = self.reduced(measure(self.source, self.spec, self.key) if known is None else known)
+
+    def handed(self) -> Tensor | None:
+        """[] int32 bits of an amax that came with the matrix, in the basis that it is quantized in."""
+        amax = handed(self.source.tensor) if self.source.codes is None and self.form.rotation == 1 else None
+        return None if amax is None else amax.view(torch.int32)
 
     def reduced(self, top: Tensor) -> Tensor:
         """Bits of the logical tensor's largest magnitude from those of this shard's; kernels read a NaN's as Inf's."""
         if self.reduce_max is None:
             return top
-        return self.reduce_max(top.clamp(max=INFINITY).view(torch.float32)).view(torch.int32)
+        magnitude = (top & 0x7FFFFFFF).clamp(max=INFINITY)
+        return self.reduce_max(magnitude.view(torch.float32)).view(torch.int32)
 
     def arguments(
         self,

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.kernels.cuda import emulated_grid, emulated_wire
+
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
@@ -41,7 +43,7 @@ def compiler() -> str | None:
 
 def build() -> Path:
     """The shared library, from a cache by the text of its sources."""
-    sources = [*sorted((ROOT / "csrc").glob("*.cu")), EMULATOR / "glue.cpp"]
+    sources = [*sorted((ROOT / "csrc").glob("*.cu")), *sorted(EMULATOR.glob("*.cpp"))]
     texts = [*sources, *(ROOT / "csrc").glob("*.*h"), *EMULATOR.glob("*.h")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(texts))).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"fp4dist-emulator-{digest}.so"
@@ -69,8 +71,8 @@ def build() -> Path:
 
 
 def schemas() -> list[str]:
-    """Those of bindings.cpp."""
-    text = (ROOT / "csrc" / "bindings.cpp").read_text(encoding="utf-8")
+    """Those of csrc/bindings*.cpp."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "csrc").glob("bindings*.cpp")))
     return ["".join(re.findall(r'"([^"]*)"', found)) for found in re.findall(r"m\.def\((.*?)\);", text, re.DOTALL)]
 
 
@@ -152,15 +154,17 @@ def load() -> ctypes.CDLL:
 
     for function in (amax, quantize, quantize_pair, eden_scales, decode, largest_byte, swizzle):
         ops.impl(function.__name__, function, "CPU")
+    for function in (*emulated_grid.implementations(library), *emulated_wire.implementations(library)):
+        ops.impl(function.__name__, function, "CPU")
     return library
 
 
 def main() -> int:
-    """The parity matrix, on a CPU."""
+    """The parity matrices, on a CPU."""
     load()
-    from tests.kernels.cuda import parity
+    from tests.kernels.cuda import more_parity, parity
 
-    return parity.main(torch.device("cpu"))
+    return parity.main(torch.device("cpu")) | more_parity.main(torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Which backend every operation of every shipped recipe resolves to on a GPU that is not there, and why not csrc/.
+"""Which backend every operation of every shipped recipe resolves to on GPUs that are not there, and why not csrc/.
 
-    python -m tests.kernels.cuda.faked 10 0       # capability 10.0; lines: recipe linear operation backend reason
+    python -m tests.kernels.cuda.faked 10.0 9.0     # compute capabilities
+
+Lines: capability recipe linear operation backend reason, tabs between them.
 
 The extension's operators are the emulator's: only their names matter here, nothing runs.
 """
@@ -13,43 +15,50 @@ from collections.abc import Iterator
 import torch
 
 from fp4dist.spec.load import load_recipe, shipped
-from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe
+from fp4dist.spec.recipe import LinearRecipe
 from fp4dist.spec.run import BackendConfig
 from tests.kernels.cuda import emulated
 
 
 def lines(recipe: LinearRecipe) -> Iterator[tuple[str, str, str]]:
     """(slot or GEMM, backend, why not csrc/) of one linear."""
-    from fp4dist.kernels.registry import Request, explain
     from fp4dist.nn.plan import resolve_kernels
-    from fp4dist.numerics.splits import bare
+    from fp4dist.nn.reasons import why_not_cuda
 
     device = torch.device("cuda")
-    for name, kernel in resolve_kernels(recipe, device, BackendConfig()).items():
-        spec = recipe.slot(name) if name in SLOTS else None
-        if name in GEMMS:
-            spec = next((recipe.slot(s) for s in SLOTS if s.startswith(name) and recipe.slot(s)), None)
-        asked = Request(kernel.op, bare(spec) if spec is not None else None, device)
-        reason = "" if kernel.backend == "cuda" else explain(asked, BackendConfig())["cuda"]
-        yield f"{name}:{kernel.op}", kernel.backend, reason
+    kernels = resolve_kernels(recipe, device, BackendConfig())
+    reasons = why_not_cuda(recipe, kernels, device, BackendConfig())
+    for name, kernel in kernels.items():
+        yield f"{name}:{kernel.op}", kernel.backend, reasons[name][1] if name in reasons else ""
 
 
-def main() -> int:
-    """Print every line."""
-    capability = int(sys.argv[1]), int(sys.argv[2])
+def pretend(capability: tuple[int, int]) -> None:
+    """A GPU of this compute capability."""
     torch.cuda.get_device_capability = lambda device=None: capability
     torch.cuda.is_available = lambda: True
-    emulated.load()
+
+
+def register() -> None:
+    """The backend, whose operators are there."""
     from fp4dist.kernels import cuda, registry
 
     if cuda.MISSING is not None:
         from fp4dist.kernels.cuda import ops as ops
 
         registry._MISSING.pop("cuda", None)
-    for name in shipped("recipes"):
-        for linear, recipe in load_recipe(name).linears.items():
-            for what, backend, reason in lines(recipe):
-                print(f"{name}\t{linear}\t{what}\t{backend}\t{reason}")
+
+
+def main() -> int:
+    """Print every line."""
+    emulated.load()
+    for capability in sys.argv[1:]:
+        major, minor = capability.split(".")
+        pretend((int(major), int(minor)))
+        register()
+        for name in shipped("recipes"):
+            for linear, recipe in load_recipe(name).linears.items():
+                for what, backend, reason in lines(recipe):
+                    print(f"{capability}\t{name}\t{linear}\t{what}\t{backend}\t{reason}")
     return 0
 
 

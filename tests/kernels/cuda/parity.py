@@ -30,7 +30,17 @@ OURS = {
     "is_fast": lambda spec: jobs.why_not(spec) is None,
     "why_not_pair": jobs.why_not_pair, "dequantize": decode.dequantize, "matmul": numerics.matmul,
 }  # fmt: skip
-CHECKS = ("quantizers", "requantizers", "rotated_codes", "products", "carriers", "pairs", "layouts", "other_rotations")
+CHECKS = (
+    "quantizers",
+    "requantizers",
+    "rotated_codes",
+    "products",
+    "carriers",
+    "pairs",
+    "handed",
+    "layouts",
+    "other_rotations",
+)
 
 
 def use_ours() -> None:

@@ -9,17 +9,14 @@ import pytest
 import torch
 
 from fp4dist.kernels import cuda
+from fp4dist.nn.reasons import remarks
+from fp4dist.spec.load import load_recipe, shipped
 from tests.kernels.cuda import emulated
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler on PATH")
 
 PARTS = 3  # of the specs one is run here; `python -m tests.kernels.cuda.emulated` runs all
-# recipes whose formats FP4 tensor cores have, quantized as those have them
-NATIVE = {
-    "cage", "fp4_all_the_way", "mxfp4_h32", "nemotron3", "nvidia_nvfp4", "nvidia_nvfp4_46", "nvidia_nvfp4_te",
-    "quartet", "quartet2", "quest_mxfp4", "tetrajet", "tetrajet_qramping", "tetrajet_v2_core",
-}  # fmt: skip
-FUSED_IN_TRITON = {"mask", "filter_by_mask", "filter_by_scales", "original"}  # csrc/ has no kernels for these
+CAPABILITIES = ("10.0", "9.0", "7.5")
 
 
 def run(module: str, *arguments: object) -> str:
@@ -30,43 +27,71 @@ def run(module: str, *arguments: object) -> str:
     return done.stdout
 
 
-def resolved(major: int, minor: int) -> list[list[str]]:
-    """[recipe, linear, slot:operation, backend, why not csrc/] of all shipped recipes."""
-    return [line.split("\t") for line in run("faked", major, minor).splitlines() if line.count("\t") == 4]
+@pytest.fixture(scope="module")
+def resolved() -> list[list[str]]:
+    """[capability, recipe, linear, slot:operation, backend, why not csrc/] of all shipped recipes."""
+    return [line.split("\t") for line in run("faked", *CAPABILITIES).splitlines() if line.count("\t") == 5]
 
 
 def test_the_kernels_have_the_references_bits() -> None:
-    assert "no difference in" in run("emulated", 1, PARTS)
+    assert run("emulated", 1, PARTS).count("no difference in") == 2
 
 
-def test_on_blackwell_native_recipes_resolve_to_csrc() -> None:
-    lines = resolved(10, 0)
-    assert {recipe for recipe, *_ in lines} >= NATIVE
-    for recipe, _, what, backend, reason in lines:
-        operation = what.rpartition(":")[2]
-        if recipe in NATIVE and operation not in FUSED_IN_TRITON:
-            assert backend == "cuda", (recipe, what, backend, reason)
-        assert (reason == "") == (backend == "cuda"), (recipe, what)
+def test_linears_have_the_references_results() -> None:
+    assert "no difference in linears" in run("linears")
 
 
-def test_on_hopper_triton_comes_first_and_csrc_says_why_not() -> None:
+def test_on_blackwell_every_operation_of_every_recipe_resolves_to_csrc(resolved: list[list[str]]) -> None:
+    lines = [line for line in resolved if line[0] == "10.0"]
+    quantizing = {name for name in shipped("recipes") if load_recipe(name).linears}
+    assert {recipe for _, recipe, *_ in lines} == quantizing
+    assert {what.rpartition(":")[2] for _, _, _, what, _, _ in lines} >= {
+        "quantize", "requantize", "dequantize", "matmul", "mask", "filter_by_mask", "filter_by_scales", "original",
+    }  # fmt: skip
+    assert [line for line in lines if line[4] != "cuda" or line[5]] == []
+
+
+def test_on_older_gpus_triton_comes_first_and_csrc_says_why_not(resolved: list[list[str]]) -> None:
     faster = "Triton's kernels are faster before compute capability 10.0; backend.kind: cuda takes these"
-    for recipe, _, what, backend, reason in resolved(9, 0):
-        operation = what.rpartition(":")[2]
+    for capability, recipe, _, what, backend, reason in resolved:
+        if capability == "10.0":
+            continue
         assert backend == "triton", (recipe, what)
-        if recipe in NATIVE and operation == "matmul":
+        if capability == "7.5":
+            assert "compute capability" in reason, (recipe, what, reason)
+        elif what.endswith(":matmul"):
             assert reason == "needs FP4 tensor cores (compute capability 10.0), not 9.0"
-        elif recipe in NATIVE and operation not in FUSED_IN_TRITON:
-            assert reason == faster
+        else:
+            assert reason == faster, (recipe, what, reason)
+
+
+def test_the_layer_table_says_each_reason_once(resolved: list[list[str]]) -> None:
+    hopper = [
+        {what: (what.rpartition(":")[2], why)} for capability, _, _, what, _, why in resolved if capability == "9.0"
+    ]
+    said = remarks(hopper)
+    assert len(said) == 2
+    assert "not in csrc/: matmul: needs FP4 tensor cores (compute capability 10.0), not 9.0" in said
+    assert any("quantize" in line and "Triton's kernels are faster" in line for line in said)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.skipif(cuda.MISSING is not None, reason=str(cuda.MISSING))
 @pytest.mark.parametrize(
-    "what", ["quantizers", "requantizers", "rotated_codes", "products", "carriers", "pairs", "layouts"]
+    "what", ["quantizers", "requantizers", "rotated_codes", "products", "carriers", "pairs", "handed", "layouts"]
 )
 def test_the_built_kernels_have_the_references_bits(what: str) -> None:
     from tests.kernels.cuda import parity
 
     assert list(parity.differences(what, torch.device("cuda"))) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(cuda.MISSING is not None, reason=str(cuda.MISSING))
+def test_the_built_general_kernels_have_the_references_bits() -> None:
+    from tests.kernels.cuda import more_parity
+
+    more_parity.use_ours()
+    assert list(more_parity.differences(torch.device("cuda"))) == []

@@ -10,12 +10,54 @@ import sys
 
 import torch
 
-from fp4dist.kernels.cuda import decode, ops, quantize
+from fp4dist.kernels.cuda import decode, filters, grids, ops, quantize, quantizers
 from fp4dist.numerics.tensor import BlockScaledTensor, Want
+from fp4dist.spec.blocks import Ema
 from fp4dist.spec.build import build
 from fp4dist.spec.recipe import QuantSpec
+from tests.kernels.cuda import more_parity
 from tests.kernels.cuda.parity import use_ours
+from tests.kernels.triton import filters_parity, grids_parity
 from tests.kernels.triton import parity as matrix
+
+
+def general(device: torch.device) -> int:
+    """The general quantizer and decoder, rows and columns of either type; how many calls."""
+    calls = 0
+    more_parity.use_ours()
+    for spec in grids_parity.specs().values():
+        rows, cols = 3 * spec.rows_multiple, 3 * spec.columns_multiple
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.randn((rows, cols), device=device).to(dtype)
+            for source in (x, x.t().contiguous().t()):
+                toward = source.float() * 1.1 if isinstance(spec.rounding, Ema) else None
+                q = grids.quantize(source, spec, grids_parity.WHOLE, None, toward)
+                assert isinstance(q, BlockScaledTensor)
+                quantizers.dequantize(q)
+                if quantizers.why_not_carrier(q, torch.bfloat16) is None:
+                    quantizers.to_carrier(q, torch.bfloat16)
+                calls += 1
+    return calls
+
+
+def of_filters(device: torch.device) -> int:
+    """Masks, gradients under them, codes turned back; how many calls."""
+    calls = 0
+    for spec in filters_parity.specs().values():
+        shape = 3 * spec.rows_multiple, 3 * spec.columns_multiple
+        for dtype in (torch.bfloat16, torch.float32):
+            x, g = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+            q = quantizers.quantize(x, spec, filters_parity.KEY)
+            assert isinstance(q, BlockScaledTensor)
+            scales = q.scales, q.global_scale
+            kept = filters.mask(x, *scales, spec, filters_parity.KEY)
+            filters.filter_by_mask(g, kept, spec.rotation, filters_parity.KEY)
+            into = torch.zeros(shape, device=device)
+            filters.filter_by_mask(g, kept, spec.rotation, filters_parity.KEY, into=into)
+            filters.filter_by_scales(g, x, *scales, spec, filters_parity.KEY)
+            quantizers.original(q, spec.rotation, filters_parity.KEY)
+            calls += 5
+    return calls
 
 
 def main(device: torch.device) -> int:
@@ -52,6 +94,7 @@ def main(device: torch.device) -> int:
         quantize.quantize_pair(x, quantize.Side(row, matrix.WHOLE), quantize.Side(column, matrix.WHOLE))
         calls += 1
     ops.amax(torch.randn(1237, device=device))
+    calls += general(device) + of_filters(device)
     print(f"{calls} calls")
     return 0
 

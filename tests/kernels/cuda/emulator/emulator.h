@@ -175,11 +175,13 @@ inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
 }
 
 inline uint32_t atomicMax(uint32_t* to, uint32_t value) { return std::exchange(*to, std::max(*to, value)); }
+inline uint32_t atomicMin(uint32_t* to, uint32_t value) { return std::exchange(*to, std::min(*to, value)); }
 inline uint32_t atomicAdd(uint32_t* to, uint32_t value) { return std::exchange(*to, *to + value); }
 template <class T>
 T __ldg(const T* from) {
   return *from;
 }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline uint32_t __float_as_uint(float x) {

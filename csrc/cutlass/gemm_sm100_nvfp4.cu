@@ -1,0 +1,9 @@
+// NVFP4 on sm_100a.
+#include "gemm.cuh"
+
+namespace fp4dist {
+
+using Here = Instances<Sm100, false>;
+extern const Multiplier kSm100Nvfp4{&Here::scratch, &Here::run};
+
+}  // namespace fp4dist

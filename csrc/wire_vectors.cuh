@@ -1,0 +1,75 @@
+// Runs of a vector in memory, bf16 or fp32, at any place: a thread's L elements of it.
+#pragma once
+
+#include "tile.cuh"
+#include "wire.h"
+
+namespace fp4dist {
+
+// L elements of a vector from `start` on, of which `left` are inside; 0 beyond.
+template <int L>
+__device__ __forceinline__ void read_run(const Vector& x, int64_t start, int left, float (&y)[L]) {
+  if (left >= L) {
+    if (x.wide) {
+      Row<L, true> row;
+      row.read(x.data, start);
+      row.get(y);
+    } else {
+      Row<L, false> row;
+      row.read(x.data, start);
+      row.get(y);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < L; ++i) {
+    y[i] = 0.0f;
+    if (i < left) y[i] = x.wide ? element<true>(x.data, start + i) : element<false>(x.data, start + i);
+  }
+}
+
+// y += what read_run would read; sixteen at a time, which needs fewer registers.
+template <int L>
+__device__ __forceinline__ void add_run(const Vector& x, int64_t start, int left, float (&y)[L]) {
+  float part[16];
+#pragma unroll
+  for (int h = 0; h < L; h += 16) {
+    read_run(x, start + h, left - h, part);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) y[h + i] += part[i];
+  }
+}
+
+template <int L>
+__device__ __forceinline__ void write_run(const Vector& out, int64_t start, int left, const float (&y)[L]) {
+  auto* place = static_cast<unsigned char*>(out.data) + start * (out.wide ? 4 : 2);
+  if (left >= L && reinterpret_cast<uintptr_t>(place) % 16 == 0) {
+    auto* vectors = reinterpret_cast<uint4*>(place);
+    if (out.wide) {
+#pragma unroll
+      for (int i = 0; i < L / 4; ++i) {
+        vectors[i] = {bits(y[4 * i]), bits(y[4 * i + 1]), bits(y[4 * i + 2]), bits(y[4 * i + 3])};
+      }
+    } else {
+      uint32_t words[L / 2];
+#pragma unroll
+      for (int i = 0; i < L / 2; ++i) words[i] = bf16x2_nearest(y[2 * i], y[2 * i + 1]);
+#pragma unroll
+      for (int i = 0; i < L / 8; ++i) {
+        vectors[i] = {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < L; ++i) {
+    if (i >= left) continue;
+    if (out.wide) {
+      reinterpret_cast<float*>(place)[i] = y[i];
+    } else {
+      reinterpret_cast<uint16_t*>(place)[i] = static_cast<uint16_t>(bf16x2_nearest(y[i], 0.0f));
+    }
+  }
+}
+
+}  // namespace fp4dist
