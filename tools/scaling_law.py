@@ -129,7 +129,7 @@ def _regions(laws: dict[str, Law], options: list[Precision]) -> list[str]:
         f"|---|{'---|' * len(SIZES)}",
     ]
     lines += [
-        f"| {name} | {' | '.join(f'{crossover(law, options, n):.0f}' for n in SIZES)} |" for name, law in laws.items()
+        f"| {name} | {' | '.join(f'{crossover(law, options, n):.1f}' for n in SIZES)} |" for name, law in laws.items()
     ]
     return [*lines, ""]
 

@@ -7,8 +7,9 @@
 
 `run` starts --jobs processes on each device; they share the folder of records, take what nobody has finished and stop
 when --minutes are over. A run that cannot end by then is not begun; with --state it is cut, kept there (weights and
-moments, 12 bytes a parameter) and continued by the next call. Called again, it goes on; finished runs are one JSON file
-each, which may be gathered from several machines into one folder. Exit code 1 when a run failed, the others go on.
+moments, 12 bytes a parameter) and continued by the next call; the --last one finishes what it can. Called again, it
+goes on; finished runs are one JSON file each, which may be gathered from several machines into one folder. Exit code 1
+when a run failed; the others go on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from fp4dist.errors import Fp4DistError
 from fp4dist.spec.run import BackendConfig
 from fp4dist.study.pieces import clear_claims, read_records, work
-from fp4dist.study.plan import Study, jobs, load_study, name_of
+from fp4dist.study.plan import Study, fingerprint, jobs, load_study, name_of
 from fp4dist.study.report import write_report
 from fp4dist.study.training import load_data
 
@@ -64,6 +65,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--devices", type=_words, default=["cuda" if torch.cuda.is_available() else "cpu"])
     parser.add_argument("--jobs", type=int, default=1, help="processes on each device")
     parser.add_argument("--state", type=Path, help="folder of cut runs; without it runs are never cut")
+    parser.add_argument("--last", action="store_true", help="with --state: begin only what can end in time")
     parser.add_argument("--arms", type=_words, default=[], help="only these, comma-separated")
     parser.add_argument("--seeds", type=_words, default=[], help="only these")
     parser.add_argument("--tokens", type=_words, default=[], help="other budgets, such as 20e6")
@@ -96,9 +98,9 @@ def _study(args: argparse.Namespace) -> Study:
 def _plan(study: Study, args: argparse.Namespace) -> str:
     """The runs, and what is done of them."""
     wanted = jobs(study, args.arms, args.seeds)
-    done = {r["run"] for r in read_records(args.out)} if args.out.exists() else set()
-    lines = [f"study {study.name}: {len(wanted)} runs, {sum(job.name in done for job in wanted)} of them done"]
-    lines += [f"  {job.name:<60} {job.steps:>6} steps{'  done' if job.name in done else ''}" for job in wanted]
+    done = {fingerprint(r["config"]) for r in read_records(args.out)} if args.out.exists() else set()
+    lines = [f"study {study.name}: {len(wanted)} runs, {sum(job.fingerprint in done for job in wanted)} of them done"]
+    lines += [f"  {job.name:<60} {job.steps:>6} steps{'  done' if job.fingerprint in done else ''}" for job in wanted]
     lines += [f"arm {name_of(job.arm)}: recipe {job.recipe.name}" for job in jobs(study, args.arms, study.seeds[:1])]
     return "\n".join(lines)
 
@@ -130,7 +132,9 @@ def _work(study: Study, args: argparse.Namespace) -> int:
     data = load_data(study.train, study.valid, device)
     backend = BackendConfig(allow_reference=args.allow_reference)
     wanted = jobs(study, args.arms, args.seeds)
-    failures = work(wanted, data, device, args.out, deadline=args.worker, state=args.state, backend=backend)
+    failures = work(
+        wanted, data, device, args.out, deadline=args.worker, state=args.state, last=args.last, backend=backend
+    )
     if failures:
         file = args.out / "failures.json"
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []

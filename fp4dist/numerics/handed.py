@@ -18,7 +18,9 @@ def hand_over(x: Tensor, amax: Tensor) -> Tensor:
     """
     if amax.dim() or amax.dtype != torch.float32 or amax.device != x.device:
         raise ValueError(f"an amax is [] fp32 on {x.device}, got {list(amax.shape)} {amax.dtype} on {amax.device}")
-    setattr(x, _NAME, (amax, x._version))
+    base = x._base  # views of a view are views of its base
+    owner = base if base is not None and base.numel() == x.numel() else x
+    setattr(owner, _NAME, (amax, owner._version))
     return x
 
 

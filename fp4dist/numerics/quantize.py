@@ -19,7 +19,7 @@ from fp4dist.numerics import rng, scales
 from fp4dist.numerics.grouping import Grouping, ReduceMax, block_amax, blocked, flat, spread, tree_sum
 from fp4dist.numerics.rotation import rotate, unrotate
 from fp4dist.numerics.tensor import BlockScaledTensor, Key, PartedTensor, Quantized
-from fp4dist.spec.blocks import Ceil, Eden, Ema, Floor, FourOverSix, Hadamard, MseSearch, Nearest, Quest
+from fp4dist.spec.blocks import BestOf, Ceil, Eden, Ema, Floor, FourOverSix, Hadamard, MseSearch, Nearest, Quest
 from fp4dist.spec.recipe import QuantSpec
 
 
@@ -52,6 +52,8 @@ def quantize(
         quantized = _eden(x, spec, spec.rounding, _needed(key), grouping)
     elif isinstance(spec.rule, FourOverSix):
         quantized = _best_of(x, spec, (1.0, 1.5), spec.rule.metric, key, grouping)  # s4 = E4M3(1.5 a_b / (6 g))
+    elif isinstance(spec.rule, BestOf):
+        quantized = _best_of(x, spec, (1.0, *spec.rule.also), spec.rule.metric, key, grouping)
     elif isinstance(spec.rule, MseSearch):
         shrink = (1.0 - spec.rule.lowest) / spec.rule.steps
         quantized = _best_of(x, spec, [1.0 - i * shrink for i in range(spec.rule.steps + 1)], "mse", key, grouping)

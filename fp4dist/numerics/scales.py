@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fp4dist.numerics.codes import decode_e8m0, decode_scale, encode_scale
 from fp4dist.numerics.grouping import Grouping, spread, tree_sum
-from fp4dist.spec.blocks import AbsMax, Ceil, Floor, FourOverSix, MseSearch, Quest, Sawb, ScaleRule
+from fp4dist.spec.blocks import AbsMax, BestOf, Ceil, Floor, FourOverSix, MseSearch, Quest, Sawb, ScaleRule
 from fp4dist.spec.formats import ElementFormat, ScaleFormat
 from fp4dist.spec.recipe import QuantSpec
 
@@ -122,7 +122,7 @@ def ladder(x: Tensor, spec: QuantSpec, grouping: Grouping) -> ScaleLadder:
     rule = spec.rule
     if isinstance(rule, (Quest, Sawb)):
         return _ladder_of_steps(_steps(x, spec, rule, grouping), spec, grouping)
-    assert isinstance(rule, (AbsMax, FourOverSix, MseSearch))
+    assert isinstance(rule, (AbsMax, FourOverSix, BestOf, MseSearch))
     v = target_max(spec.format.element.max, getattr(rule, "headroom", 1.0))
     a_b = grouping.amax(x)
     if not spec.format.scale.needs_range:

@@ -191,6 +191,8 @@ class Carrier:
     rotation  size n of the Hadamard groups along C
     rows      [R, n] fp32 further factor of each of n equal parts of a row ([R, 1]: of the row); None: 1
     lost      [] int32, on the device: elements that `values` could not hold exactly; None where its type holds them all
+    near      the factors of parts lie in [1, 2), or in [2^-8, 2) where values are below 1e-30: powers of two are in
+              `values` already, so that a GEMM may divide one factor by another
 
     Invariant, where nothing is lost: value = values * scale * rows / sqrt(rotation), in the rotated basis.
     """
@@ -200,6 +202,7 @@ class Carrier:
     rotation: int = 1
     rows: Tensor | None = None
     lost: Tensor | None = None
+    near: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -215,6 +218,8 @@ class Want(NamedTuple):
     mask     beside codes also the bits of where nothing was clipped, from quantizers that have them
     memory   [8] int32 that a quantizer may keep between matrices of a slot, zeros at first: results do not depend on it
     lost     [] int32 that is to become the most elements that an FP8 carrier has lost so far, where it counts them
+    spread   [2] int32 that is to become the largest E8M0 byte so far, and 256 less the smallest of a block that is not
+             all zeros (so 0 as long as there was none), from quantizers of power-of-two scales
     """
 
     codes: bool = True
@@ -222,6 +227,7 @@ class Want(NamedTuple):
     mask: bool = False
     memory: Tensor | None = None
     lost: Tensor | None = None
+    spread: Tensor | None = None
 
 
 CODES = Want()

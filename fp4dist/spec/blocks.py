@@ -55,6 +55,29 @@ class FourOverSix:
 
 
 @frozen
+class BestOf:
+    """Try the scale of AbsMax and that times each of `also`, and keep for each block the one with the least error; a
+    tie keeps the earlier. With also: [3/2] it is FourOverSix.
+
+    also      15/16 (and 17/16) reach E4M3 scales beside the one that nearest rounding took: more than half of what a
+              search over all scales gains over four-over-six, at one quantization more
+    metric, headroom, budget   as in FourOverSix
+    """
+
+    kind: Literal["best_of"] = "best_of"
+    also: tuple[float, ...] = (3 / 2, 15 / 16)
+    metric: Literal["mse", "mae", "absmax"] = "mse"
+    headroom: float = 1.0
+    budget: float = 256.0
+
+    def __post_init__(self) -> None:
+        if self.headroom <= 0 or not 0 < self.budget <= 448:
+            raise ValueError(f"headroom = {self.headroom} must be positive and budget = {self.budget} in (0, 448]")
+        if not self.also or min(self.also) <= 0 or len({1.0, *self.also}) <= len(self.also):
+            raise ValueError(f"also = {list(self.also)} must be positive numbers, at least one, 1 not among them")
+
+
+@frozen
 class Floor:
     """2^(floor(log2 amax) - e), e the exponent of the element's maximum: OCP MX. On E2M1 it clips |u| up to 8 unless
     headroom = 4/3 (the "3/4" rule of arXiv:2505.14669).
@@ -147,7 +170,7 @@ class MseSearch:
             )
 
 
-ScaleRule = AbsMax | FourOverSix | Floor | Ceil | Quest | Sawb | MseSearch
+ScaleRule = AbsMax | FourOverSix | BestOf | Floor | Ceil | Quest | Sawb | MseSearch
 
 
 @frozen

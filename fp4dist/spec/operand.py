@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from fp4dist.spec.blocks import (
     E4M3_NO_CLIP,
     AbsMax,
+    BestOf,
     Ceil,
     Eden,
     Ema,
@@ -32,8 +33,8 @@ from fp4dist.spec.statistics import Current, GradScale, Hold, Learned, Statistic
 
 # Scale format -> the rules that it can store.
 RULES: dict[str, tuple[type, ...]] = {
-    "e4m3": (AbsMax, FourOverSix, Quest, MseSearch),
-    "ue5m3": (AbsMax, FourOverSix, Quest, MseSearch),
+    "e4m3": (AbsMax, FourOverSix, Quest, MseSearch, BestOf),
+    "ue5m3": (AbsMax, FourOverSix, Quest, MseSearch, BestOf),
     "e4m3_inverse": (AbsMax,),
     "e8m0": (Floor, Ceil, Quest),
     "fp32": (AbsMax, Floor, Ceil, Quest, Sawb, MseSearch),
@@ -183,6 +184,9 @@ def _rule_words(rule: ScaleRule) -> list[str]:
         words += [f"finer<{rule.finer_below:g}"] if rule.finer_below else []
     elif isinstance(rule, FourOverSix):
         words.append("4/6" if rule.metric == "mse" else f"4/6({rule.metric})")
+    elif isinstance(rule, BestOf):
+        words.append(f"best({','.join(str(Fraction(a).limit_denominator(64)) for a in (1, *rule.also))})")
+        words += [rule.metric] if rule.metric != "mse" else []
     elif isinstance(rule, Quest):
         words.append("quest" if rule.power == "floor" else "quest(nearest)")
         words += [rule.spread] if rule.spread != "std" else []
@@ -308,9 +312,9 @@ def _check_blocks(spec: QuantSpec) -> None:
 def _check_rounding(spec: QuantSpec) -> None:
     if isinstance(spec.rounding, Nearest) and spec.rounding.ties != "even" and spec.format.element.mantissa is not None:
         raise ValueError(f"{spec.format.element.name} elements round ties to even, as conversions do; leave ties out")
-    if isinstance(spec.rule, MseSearch) and not isinstance(spec.rounding, Nearest):
-        raise ValueError("mse_search compares errors, which noise would blur: it needs nearest rounding")
-    if isinstance(spec.rounding, Ema) and isinstance(spec.rule, (FourOverSix, MseSearch)):
+    if isinstance(spec.rule, MseSearch | BestOf) and not isinstance(spec.rounding, Nearest):
+        raise ValueError(f"{spec.rule.kind} compares errors, which noise would blur: it needs nearest rounding")
+    if isinstance(spec.rounding, Ema) and isinstance(spec.rule, (FourOverSix, MseSearch, BestOf)):
         raise ValueError(
             f"ema rounding decides between neighbours under the weight's own scale, {spec.rule.kind} between scales;"
             " use another scale rule"
@@ -371,7 +375,7 @@ def _check_judgeable(spec: QuantSpec) -> None:
 def _check_estimator(spec: QuantSpec) -> None:
     if not isinstance(spec.estimator, Straight):
         _check_judgeable(spec)
-    clips = isinstance(spec.rule, (Quest, Sawb, MseSearch)) or not isinstance(spec.amax, Current)
+    clips = isinstance(spec.rule, (Quest, Sawb, MseSearch, BestOf)) or not isinstance(spec.amax, Current)
     clips = clips or (isinstance(spec.rule, Floor) and spec.rule.headroom < _no_clip_headroom(spec))
     if isinstance(spec.estimator, TrustMask) and not clips:
         raise ValueError(

@@ -1,12 +1,15 @@
 """The runs of a study in pieces: several processes share a folder of records, each on a device, until a deadline.
 
-<out>/<run>.json       the record of a finished run
-<out>/claims/<run>     the process that works on it; removed when it ends
-<state>/<run>.pt       a run that the deadline cut, where pieces may be cut
+<out>/<study>/<run>.json       the record of a finished run
+<out>/<study>/claims/<run>     the process that works on it; removed when it ends
+<state>/<study>/<run>.pt       a run that the deadline cut, where pieces may be cut
+
+A run is done where any record in <out> has its configuration, from whichever study, machine or session it came.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -20,10 +23,11 @@ import torch
 
 from fp4dist.errors import DataError, Fp4DistError
 from fp4dist.spec.run import BackendConfig
-from fp4dist.study.plan import Job, name_of
-from fp4dist.study.training import FORMAT, Data, Record, Training
+from fp4dist.study.plan import Job, digest, name_of
+from fp4dist.study.training import FORMAT, Data, Record, Training, steps_done
 
 log = logging.getLogger("fp4dist")
+_WORTHWHILE = 20.0  # seconds: less than that of a run that will be cut is lost to its start and its state
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -41,7 +45,7 @@ def read_records(folder: Path) -> list[Record]:
 
 def clear_claims(folder: Path) -> None:
     """Forget the claims of processes that are gone. Only while no process works in the folder."""
-    for claim in (folder / "claims").glob("*"):
+    for claim in folder.glob("*/claims/*"):
         claim.unlink()
 
 
@@ -53,45 +57,64 @@ def work(
     *,
     deadline: float,
     state: Path | None = None,
+    last: bool = False,
     backend: BackendConfig | None = None,
 ) -> list[str]:
     """Take one run after the other that nobody has finished or claimed, until `deadline` (of time.monotonic).
 
+    state     where runs that the deadline cuts are kept; None: none is cut
+    last      no piece comes after this one: nothing is begun, and nothing cut is continued, that cannot end in time
     returns   what went wrong, a line for each run that fp4dist refused or that ran out of memory; the others go on
     """
-    (out / "claims").mkdir(parents=True, exist_ok=True)
     failures = []
     for job in jobs:
         if time.monotonic() >= deadline:
             break
-        file = out / f"{job.name}.json"
-        if (
-            file.exists()
-            or (state is None and time.monotonic() + expected(job, out) > deadline)
-            or not _claim(out / "claims" / job.name)
-        ):
+        folder = out / job.study.name
+        (folder / "claims").mkdir(parents=True, exist_ok=True)
+        partial = state and state / job.study.name / f"{job.name}.pt"
+        cut = partial is not None and not last
+        needed = _WORTHWHILE if cut else expected(job, out, partial)
+        in_time = time.monotonic() + needed <= deadline
+        if is_done(job, data, out) or not in_time or not _claim(folder / "claims" / job.name):
             continue
         try:
-            record = Training(job, data, device, backend).run(deadline, state and state / f"{job.name}.pt")
+            if is_done(job, data, out):  # by a process that has just given its claim back
+                continue
+            _refuse_other(folder / f"{job.name}.json")
+            record = Training(job, data, device, backend).run(deadline, partial, cut=cut)
             if record is not None:
-                _write(file, record)
+                _write(folder / f"{job.name}.json", record)
                 log.info("%s", line(record))
         except (Fp4DistError, torch.cuda.OutOfMemoryError) as e:
             failures.append(f"{job.name}: {type(e).__name__}: {str(e).splitlines()[0]}")
             log.warning("%s", failures[-1])
-        (out / "claims" / job.name).unlink()
+        finally:
+            (folder / "claims" / job.name).unlink()
+        gc.collect()  # a model and its linears refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return failures
 
 
-def expected(job: Job, out: Path) -> float:
-    """Seconds that the run will take: as long as its arm's others of that size and budget, else as the longest of any
-    arm; 0 where none is finished. A run learns its own pace after some steps and gives up if that is too slow.
+def is_done(job: Job, data: Data, out: Path) -> bool:
+    """Whether a record of this very configuration lies in `out`."""
+    wanted = digest(job.config(data.identity))
+    return any(r["hash"] == wanted for r in read_records(out))
+
+
+def expected(job: Job, out: Path, partial: Path | None = None) -> float:
+    """Seconds that the run will still take: as long as its arm's others of that size and budget, else as the longest
+    of any arm; 0 where none is finished. A run learns its own pace after some steps and gives up if that is too slow.
+
+    partial   where it may have been cut: what it has done then is not counted
     """
     peers = [r for r in read_records(out) if (r["model"], r["budget"]) == (job.model.name, job.tokens)]
     same = [r["seconds"] for r in peers if r["arm"] == name_of(job.arm)]
-    return statistics.median(same) if same else max((r["seconds"] for r in peers), default=0.0)
+    whole = statistics.median(same) if same else max((r["seconds"] for r in peers), default=0.0)
+    done = steps_done(partial) if partial is not None else None
+    left = 1.0 - int(done.read_text(encoding="utf-8")) / job.steps if done is not None and done.exists() else 1.0
+    return whole * left
 
 
 def line(r: Record) -> str:
@@ -100,6 +123,11 @@ def line(r: Record) -> str:
     speed = f", {r['step_seconds'] * 1e3:.0f} ms a step, {r['tokens_per_s']:,.0f} tokens/s" if r["step_seconds"] else ""
     memory = f", peak {r['peak_bytes'] / 2**30:.1f} GiB" if r["peak_bytes"] else ""
     return f"{r['run']}: {loss}, {r['seconds']:.0f} s{speed}{memory}"
+
+
+def _refuse_other(file: Path) -> None:
+    if file.exists():
+        raise DataError(f"{file} is a record of another configuration or other data; move it out of the folder")
 
 
 def _claim(file: Path) -> bool:

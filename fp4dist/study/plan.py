@@ -31,6 +31,7 @@ class Arm:
     recipe         a shipped name or a path;  change   laid over its file, as `extends` does
     every_linear   every block linear runs in FP4 and no phase acts: rules that keep block linears in high precision
                    and phases are left out, so that recipes are ordered by their quantizers alone
+    seeds          that it runs with, where those are fewer than the study's: arms that nothing close stands beside
     published      gap to bf16 that its authors measured (nats), for the ratio in the table
     """
 
@@ -38,6 +39,7 @@ class Arm:
     name: str = ""
     change: dict[str, Any] = field(default_factory=dict)
     every_linear: bool = False
+    seeds: tuple[int, ...] = ()
     published: float | None = None
 
 
@@ -91,6 +93,9 @@ class Study:
             raise ValueError(f"arms = {names}: two have one name; give them `name`")
         if BASELINE not in names:
             raise ValueError(f"arms = {names}: gaps are measured from {BASELINE}; add it")
+        for arm in self.arms:
+            if unknown := set(arm.seeds) - set(self.seeds):
+                raise ValueError(f"arm {name_of(arm)} has seeds {sorted(unknown)}, which are none of the study's")
         if unknown := set(self.ordering) - set(names):
             raise ValueError(f"ordering names {sorted(unknown)}, which are no arms")
         for size in self.sizes:
@@ -154,6 +159,11 @@ class Job:
         """The recipe."""
         return recipe_of(self.arm)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides the numbers but the token files' contents: records of one are runs of one kind."""
+        return fingerprint(self.config({}))
+
     def config(self, data: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides the numbers, as plain data. data   what identifies the token files"""
         study = plain(self.study)
@@ -186,8 +196,15 @@ def digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def fingerprint(config: dict[str, Any]) -> str:
+    """`digest` of a run's configuration without its data."""
+    return digest({**config, "data": {}})
+
+
 def jobs(study: Study, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> list[Job]:
     """The runs, most wanted first: every arm for a first seed before any for a second. ConfigError for unknown names.
+
+    So what a deadline leaves is a whole table with fewer seeds.
 
     arms, seeds   only these; empty: all
     """
@@ -199,5 +216,6 @@ def jobs(study: Study, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) 
         for size in study.sizes:
             budgets = [(tokens, arm) for tokens in study.tokens for arm in study.arms]
             budgets += [(tokens, known[BASELINE]) for tokens in study.baseline_tokens if tokens not in study.tokens]
+            budgets = [(t, a) for t, a in budgets if not a.seeds or seed in a.seeds]
             found += [Job(study, size, a, t, seed) for t, a in budgets if not arms or name_of(a) in arms]
     return found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fp4dist.study.plan import BASELINE, Study, jobs, name_of
+from fp4dist.study.plan import BASELINE, Study, fingerprint, jobs, name_of
 from fp4dist.study.statistics import Arms, Cell, Difference
 from fp4dist.study.training import Record
 
@@ -16,7 +16,7 @@ from fp4dist.study.training import Record
 def write_report(study: Study, records: Sequence[Record], folder: Path) -> str:
     """Write table.md, results.json, gaps.png and curves.png into `folder`; returns the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    mine = [r for r in records if r["study"] == study.name]
+    mine = records_of(study, records)
     found = Arms.of(mine)
     text = "\n".join([*_tables(study, found), *_order(study, found), *_missing(study, mine)]) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
@@ -25,6 +25,13 @@ def write_report(study: Study, records: Sequence[Record], folder: Path) -> str:
         _draw_gaps(study, found, folder / "gaps.png")
         _draw_curves(study, found, folder / "curves.png")
     return text
+
+
+def records_of(study: Study, records: Sequence[Record]) -> list[Record]:
+    """Those of the study's runs, whichever study they were made for, after those that were made for it otherwise."""
+    wanted = {job.fingerprint for job in jobs(study)}
+    others = [r for r in records if r["study"] == study.name and fingerprint(r["config"]) not in wanted]
+    return others + [r for r in records if fingerprint(r["config"]) in wanted]
 
 
 def _groups(study: Study, found: Arms) -> list[tuple[str, int]]:
@@ -108,10 +115,10 @@ def verdict(d: Difference) -> str:
 
 def _missing(study: Study, records: Sequence[Record]) -> list[str]:
     """Runs of the study without a record, and records whose configurations differ beside what the study varies."""
-    done = {r["run"] for r in records}
-    missing = [job.name for job in jobs(study) if job.name not in done]
+    done, wanted = {fingerprint(r["config"]) for r in records}, {job.fingerprint for job in jobs(study)}
+    missing = [job.name for job in jobs(study) if job.fingerprint not in done]
     lines = [f"Missing: {len(missing)} of {len(jobs(study))} runs: {', '.join(missing)}"] if missing else []
-    others = sorted(r["run"] for r in records if r["run"] not in {job.name for job in jobs(study)})
+    others = sorted(r["run"] for r in records if fingerprint(r["config"]) not in wanted)
     lines += [f"Not of the study as it is now: {', '.join(others)}"] if others else []
     for what, values in (("device", {r["device"] for r in records}), ("data", {_data(r) for r in records})):
         lines += [f"Attention: the runs differ in {what}: {', '.join(sorted(values))}"] if len(values) > 1 else []

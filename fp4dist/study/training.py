@@ -53,6 +53,11 @@ def load_data(train: Sequence[str], valid: Sequence[str], device: torch.device) 
     return Data(Stream(train, device), [Stream([prefix], device) for prefix in valid])
 
 
+def steps_done(partial: Path) -> Path:
+    """The file beside a cut run's state that says how many steps it has done."""
+    return partial.with_suffix(".steps")
+
+
 class Training:
     """A run in progress."""
 
@@ -84,25 +89,28 @@ class Training:
         self.seconds = 0.0
         self.diverged = False
 
-    def run(self, deadline: float, partial: Path | None) -> Record | None:
+    def run(self, deadline: float, partial: Path | None, *, cut: bool = True) -> Record | None:
         """Train to the end; None where `deadline` (of time.monotonic) comes first.
 
-        partial   where a cut run is kept, and found again; None: a run that cannot end in time is given up early
+        partial   where a cut run is kept, and found again
+        cut       whether this one may be; otherwise, or without `partial`, what cannot end in time is given up early
         """
         if partial is not None and partial.exists():
             self._load(partial)
         begin = time.monotonic()
-        done = self._train(begin, deadline, partial)
+        kept = partial if cut else None
+        done = self._train(deadline, may_be_cut=kept is not None)
         self.seconds += time.monotonic() - begin
         if done:
             if partial is not None:
                 partial.unlink(missing_ok=True)
+                steps_done(partial).unlink(missing_ok=True)
             return self.record()
-        if partial is not None:
-            self._save(partial)
+        if kept is not None:
+            self._save(kept)
         return None
 
-    def _train(self, begin: float, deadline: float, partial: Path | None) -> bool:
+    def _train(self, deadline: float, *, may_be_cut: bool) -> bool:
         study, job = self.job.study, self.job
         batches = training_batches(
             self.data.train, seed=job.seed, batch=study.batch, micro_batch=job.size.micro_batch,
@@ -132,15 +140,18 @@ class Training:
                 log.warning("%s: step %d: the loss is not finite; the run ends here", job.name, self.step)
                 return True
             if self.step in marks or self.step == job.steps:
-                self._evaluate()
-            if self.step < job.steps and self._ends_too_late(window, begin, deadline, partial):
+                self.held_out.append(self.evaluate(self.step))
+                log.info(
+                    "%s: step %d of %d: held-out loss %.4f", job.name, self.step, job.steps, self.held_out[-1]["loss"]
+                )
+            if self.step < job.steps and self._ends_too_late(window, deadline, may_be_cut):
                 return False
             clock = time.monotonic()
         return True
 
-    def _ends_too_late(self, window: float, begin: float, deadline: float, partial: Path | None) -> bool:
+    def _ends_too_late(self, window: float, deadline: float, may_be_cut: bool) -> bool:
         now, left = time.monotonic(), (self.job.steps - self.step) * window
-        if partial is not None:
+        if may_be_cut:
             return now + _WINDOW * window > deadline
         if self.windows and now + left > deadline:
             log.info("%s: %.0f s more, and %.0f s are left: not now", self.job.name, left, deadline - now)
@@ -166,10 +177,10 @@ class Training:
         return total, norm
 
     @torch.no_grad()
-    def _evaluate(self) -> None:
-        """Mean loss over every whole sequence of the held-out files, quantized as in training."""
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Mean loss over every whole sequence of the held-out files, quantized as in training at `step`."""
         study, job = self.job.study, self.job
-        self.applied.set_step(self.step, job.steps)
+        self.applied.set_step(step, job.steps)
         self.model.eval()
         files: dict[str, tuple[Tensor, int]] = {}
         with self.applied.aside():
@@ -182,8 +193,7 @@ class Training:
         tokens = sum(count for _, count in files.values())
         loss = sum(float(total) for total, _ in files.values()) / tokens
         each = {name: float(total) / count for name, (total, count) in files.items()}
-        self.held_out.append({"step": self.step, "loss": loss, "files": each, "tokens": tokens})
-        log.info("%s: step %d of %d: held-out loss %.4f", job.name, self.step, job.steps, loss)
+        return {"step": step, "loss": loss, "files": each, "tokens": tokens}
 
     def record(self) -> Record:
         """What came of the run."""
@@ -218,7 +228,7 @@ class Training:
             "seconds": self.seconds,
             "fp4_share": self.applied.to_json()["fp4_share_of_block_linear_flops"],
             "counted_share": self.applied.counts()["fp4_share"],
-            "left_fp8": sorted(f"{path} {gemm}" for path, gemm in fallen),
+            "left_fp8": sorted(f"{path} {gemm}" for (path, gemm), loss in fallen.items() if loss.left_fp8),
             "device": torch.cuda.get_device_name(self.device) if on_gpu else "CPU",
             "versions": versions(),
             "config": self.config,
@@ -239,6 +249,7 @@ class Training:
         }
         torch.save(state, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").replace(file)
+        steps_done(file).write_text(str(self.step), encoding="utf-8")
         log.info("%s: step %d of %d, kept in %s", self.job.name, self.step, self.job.steps, file)
 
     def _load(self, file: Path) -> None:

@@ -10,6 +10,7 @@ from fp4dist.spec.blocks import (
     E4M3_NO_CLIP,
     FLOOR_NO_CLIP,
     AbsMax,
+    BestOf,
     Ceil,
     Eden,
     Floor,
@@ -22,12 +23,13 @@ from fp4dist.spec.blocks import (
     Stochastic,
 )
 
-BLOCKS = (AbsMax, FourOverSix, Floor, Ceil, Quest, Sawb, MseSearch, Nearest, Stochastic, Eden)
+BLOCKS = (AbsMax, FourOverSix, BestOf, Floor, Ceil, Quest, Sawb, MseSearch, Nearest, Stochastic, Eden)
 
 
 def test_each_block_has_its_own_tag() -> None:
     assert [block().kind for block in BLOCKS] == [
-        "absmax", "four_over_six", "floor", "ceil", "quest", "sawb", "mse_search", "nearest", "stochastic", "eden"
+        "absmax", "four_over_six", "best_of", "floor", "ceil", "quest", "sawb", "mse_search", "nearest", "stochastic",
+        "eden",
     ]  # fmt: skip
 
 
@@ -40,7 +42,7 @@ def test_defaults_are_the_published_values() -> None:
     assert (E4M3_NO_CLIP, FLOOR_NO_CLIP) == (17 / 16, 4 / 3)
 
 
-@pytest.mark.parametrize("block", [FourOverSix, Eden])
+@pytest.mark.parametrize("block", [FourOverSix, BestOf, Eden])
 @pytest.mark.parametrize("values", [{"headroom": 0.0}, {"headroom": -1.0}, {"budget": 0.0}, {"budget": 449.0}])
 def test_e4m3_rules_stay_in_range(block: Any, values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"headroom = .* must be positive and budget = .* in \(0, 448\]"):
@@ -80,6 +82,9 @@ def test_a_mask_is_a_constant_sign_vector_of_the_rotations_size(fields: dict[str
         (Ceil, {"of": "amax", "finer_below": 1.5}, r"must be in \[0, 1\]"),
         (Quest, {"factor": 0.0}, "must be positive"),
         (Sawb, {"rms": 12.1}, "give both or neither"),
+        (BestOf, {"also": ()}, r"also = \[\] must be positive numbers, at least one, 1 not among them"),
+        (BestOf, {"also": (1.5, 1.0)}, r"also = \[1.5, 1.0\] must be positive numbers"),
+        (BestOf, {"also": (-1.5,)}, r"also = \[-1.5\] must be positive numbers"),
         (MseSearch, {"steps": 0}, "steps = 0 must be at least 1"),
         (MseSearch, {"lowest": 1.0}, r"lowest = 1.0 in \(0, 1\)"),
         (Stochastic, {"samples": 0}, r"samples = 0 must be in \[1, 16\]"),

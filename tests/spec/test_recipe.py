@@ -178,6 +178,7 @@ SR = {"rounding": "stochastic"}
         # roundings
         ({"format": "mxfp8", "rounding": {"kind": "nearest", "ties": "away"}}, "round ties to even, as conversions do"),
         ({"format": "nvfp4", "scale": "mse_search", **SR, "allow_bias": True}, "needs nearest rounding"),
+        ({"format": "nvfp4", "scale": "best_of", **SR, "allow_bias": True}, "best_of compares errors"),
         ({"format": "nvfp4", "outer": "row", "rounding": "eden", "rotation": {"signs": "fresh"}}, "under one scale"),
     ],
 )  # fmt: skip
@@ -222,6 +223,7 @@ def test_every_biased_pair_is_refused_unless_allowed(data: dict[str, Any], messa
         ({"format": "nvfp4", "scale": {"kind": "quest", "spread": "rms", "factor": 0.5}}, "nvfp4 1x16 quest rms 0.5"),
         ({"format": "int4", "scale": {"kind": "sawb", "rms": 3, "mean_abs": 2}}, "int4 tensor sawb(3,2)"),
         ({"format": "nvfp4", "scale": "mse_search"}, "nvfp4 1x16 mse(100:0.2)"),
+        ({"format": "nvfp4", "scale": "best_of"}, "nvfp4 1x16 best(1,3/2,15/16)"),
         ({"format": "mxfp4", "scale": {"kind": "ceil", "of": "amax", "finer_below": 0.87}},
          "mxfp4 1x32 ceil(amax) finer<0.87"),
         ({"format": "nvfp4", "rounding": {"kind": "nearest", "ties": "away"}}, "nvfp4 1x16 ties:away"),

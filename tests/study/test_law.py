@@ -111,7 +111,7 @@ def test_the_program(tmp_path: Path) -> None:
     command = [sys.executable, "tools/scaling_law.py", "quartet", "--bootstrap", "5", "--predict", "7e9:1e12"]
     run = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "| paper | 86 | 103 | 125 | 151 |" in run.stdout
+    assert "| paper | 85.5 | 103.5 | 125.2 | 151.5 |" in run.stdout
     assert "paper: FP4:FP4" in run.stdout
     assert {f.name for f in tmp_path.iterdir()} == {"law.json", "fit.png", "regions.png"}
     wrong = subprocess.run([*command[:2], "nothing"], cwd=ROOT, capture_output=True, text=True)

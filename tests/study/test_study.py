@@ -14,15 +14,18 @@ import torch
 import yaml
 
 from fp4dist.errors import ConfigError, DataError
+from fp4dist.nn.plan import resolve_kernels
 from fp4dist.spec.load import load_recipe
+from fp4dist.spec.run import BackendConfig
 from fp4dist.study.model import Llama, initialize, schedule
 from fp4dist.study.pieces import expected, read_records, work
-from fp4dist.study.plan import Study, digest, every_linear, jobs, load_study
+from fp4dist.study.plan import Job, Study, digest, every_linear, jobs, load_study
 from fp4dist.study.report import verdict, write_report
 from fp4dist.study.statistics import Arms, Difference, half_interval
 from fp4dist.study.tokens import Stream, held_out_batches, training_batches
 from fp4dist.study.training import Data, Training, load_data
 from tests.train.token_runs import write_tokens
+from tools import screen_forward
 
 CPU = torch.device("cpu")
 VOCAB, LENGTH = 64, 32
@@ -54,6 +57,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     }  # fmt: skip
     (folder / "small.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     return load_study(folder / "small.yaml")
+
+
+def record_file(out: Path, job: Job) -> Path:
+    """Where `work` writes the record of a run."""
+    return out / job.study.name / f"{job.name}.json"
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +103,47 @@ def test_runs_of_a_seed_start_from_one_model_and_read_the_same_samples(study: St
 
 
 def test_a_finished_run_is_not_repeated_and_a_claimed_one_is_left(study: Study, data: Data, out: Path) -> None:
-    done = {f.name: f.stat().st_mtime_ns for f in out.glob("*.json")}
-    removed = jobs(study)[0].name
-    (out / f"{removed}.json").rename(out / "kept.aside")
-    claim = out / "claims" / removed
+    done = {f.name: f.stat().st_mtime_ns for f in out.rglob("*.json")}
+    removed = record_file(out, jobs(study)[0])
+    removed.rename(out / "kept.aside")
+    claim = removed.parent / "claims" / removed.stem
     claim.write_text("1", encoding="utf-8")
     try:
         assert work(jobs(study), data, CPU, out, deadline=math.inf) == []
-        assert not (out / f"{removed}.json").exists()
+        assert not removed.exists()
     finally:
         claim.unlink()
-        (out / "kept.aside").rename(out / f"{removed}.json")
-    assert {f.name: f.stat().st_mtime_ns for f in out.glob("*.json")} == done
+        (out / "kept.aside").rename(removed)
+    assert {f.name: f.stat().st_mtime_ns for f in out.rglob("*.json")} == done
+
+
+def test_a_record_counts_for_every_study_that_has_its_run(study: Study, data: Data, out: Path, tmp_path: Path) -> None:
+    other = replace(study, name="other", arms=study.arms[:2], ordering=())
+    assert work(jobs(other), data, CPU, out, deadline=math.inf) == []
+    assert not list((out / "other").glob("*.json"))
+    text = write_report(other, read_records(out), tmp_path)
+    assert "Missing" not in text
+    assert "| fine | 100% | 2 |" in text
+    assert "coarse" not in text
+
+
+def test_a_record_of_another_configuration_stays_and_is_named(study: Study, data: Data, out: Path) -> None:
+    changed = replace(study, clip_grad=2.0)
+    job = jobs(changed)[0]
+    before = record_file(out, job).read_bytes()
+    (failure,) = work([job], data, CPU, out, deadline=math.inf)
+    assert "record of another configuration" in failure
+    assert record_file(out, job).read_bytes() == before
+    assert f"Missing: {len(jobs(changed))} of {len(jobs(changed))} runs" in write_report(changed, [], out / "nowhere")
+
+
+def test_an_arm_may_have_fewer_seeds(study: Study) -> None:
+    fewer = replace(study, arms=(*study.arms[:2], replace(study.arms[2], seeds=(1,))))
+    assert {j.name for j in jobs(study)} - {j.name for j in jobs(fewer)} == {
+        j.name for j in jobs(study) if j.seed == 2 and "coarse" in j.name
+    }
+    with pytest.raises(ValueError, match="seeds \\[7\\], which are none of the study's"):
+        replace(study, arms=(*study.arms[:2], replace(study.arms[2], seeds=(7,))))
 
 
 @pytest.mark.parametrize("arm", ["fine"])
@@ -115,7 +152,7 @@ def test_a_cut_run_goes_on_with_the_same_bits(
 ) -> None:
     monkeypatch.setattr("fp4dist.study.training._WINDOW", 1)
     job = next(j for j in jobs(study) if j.name.endswith(f"{arm}-s1"))
-    whole = json.loads((out / f"{job.name}.json").read_text(encoding="utf-8"))
+    whole = json.loads(record_file(out, job).read_text(encoding="utf-8"))
     file = tmp_path / "cut.pt"
     pieces = 0
     record = None
@@ -130,6 +167,33 @@ def test_a_cut_run_goes_on_with_the_same_bits(
     assert record["hash"] == whole["hash"]
 
 
+def test_the_last_piece_finishes_a_cut_run_or_leaves_it(
+    study: Study, data: Data, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut after a step; too little time for what is left; enough."""
+    monkeypatch.setattr("fp4dist.study.training._WINDOW", 1)
+    job = next(j for j in jobs(study) if j.name.endswith("fine-s1"))
+    whole = json.loads(record_file(out, job).read_text(encoding="utf-8"))
+    like = tmp_path / "records" / "like.json"  # the other seed's, which says how long a run takes
+    like.parent.mkdir()
+    like.write_text(json.dumps({**whole, "hash": "other", "seconds": 600.0}), encoding="utf-8")
+    state = tmp_path / "state"
+
+    def last_piece(seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        assert work([job], data, CPU, tmp_path / "records", deadline=deadline, state=state, last=True) == []
+
+    partial = state / study.name / f"{job.name}.pt"
+    assert Training(job, data, CPU).run(time.monotonic(), partial) is None
+    left = expected(job, tmp_path / "records", partial)
+    assert left == pytest.approx(600 * (1 - 1 / job.steps))
+    last_piece(left - 60)
+    assert not record_file(tmp_path / "records", job).exists()
+    last_piece(left + 60)
+    assert json.loads(record_file(tmp_path / "records", job).read_text(encoding="utf-8"))["loss"] == whole["loss"]
+    assert not list(state.rglob("*.*"))
+
+
 def test_a_run_that_cannot_end_in_time_is_not_begun_for_long(study: Study, data: Data) -> None:
     job = jobs(study)[0]
     training = Training(job, data, CPU)
@@ -141,12 +205,12 @@ def test_a_run_is_not_begun_when_its_like_took_longer_than_is_left(study: Study,
     records = {r["run"]: r for r in read_records(out)}
     took = [r["seconds"] for r in records.values() if r["arm"] == "fine"]
     assert expected(job, out) == pytest.approx(sum(took) / len(took))
-    (out / f"{job.name}.json").rename(out / "kept.aside")
+    record_file(out, job).rename(out / "kept.aside")
     try:
         assert work([job], data, CPU, out, deadline=time.monotonic() + 0.5 * min(took)) == []
-        assert not (out / f"{job.name}.json").exists()
+        assert not record_file(out, job).exists()
     finally:
-        (out / "kept.aside").rename(out / f"{job.name}.json")
+        (out / "kept.aside").rename(record_file(out, job))
     assert expected(job, out / "nowhere") == 0.0
 
 
@@ -264,9 +328,29 @@ def test_what_a_study_refuses(study: Study) -> None:
         replace(study, arms=(*study.arms, study.arms[0]))
 
 
-@pytest.mark.parametrize("name", ["ordering", "full", "house"])
-def test_shipped_studies_load(name: str) -> None:
+@pytest.mark.parametrize("name", ["ordering", "full", "house", "law"])
+def test_shipped_studies_load_and_every_arm_has_fast_kernels(name: str) -> None:
+    """A run that would fall back to the reference on a GPU ends there with an error."""
+    pytest.importorskip("triton")
     shipped = load_study(name)
     for job in jobs(shipped, seeds=shipped.seeds[:1]):
-        assert job.recipe.name
-        assert job.model.hidden_size == 640
+        assert job.model.seq_length == 512
+        assert job.model.hidden_size % 128 == 0
+        for linear in job.recipe.linears.values():
+            kernels = resolve_kernels(linear, torch.device("cuda"), BackendConfig(kind="triton"))
+            assert {kernel.backend for kernel in kernels.values()} <= {"triton"}
+
+
+def test_the_shipped_screen_is_one_for_a_cpu() -> None:
+    screen = load_study("screen")
+    assert {job.model.name for job in jobs(screen)} == {"tiny"}
+    assert {len(job.recipe.phases) for job in jobs(screen)} == {0}  # a look at a forward pass at one time
+
+
+def test_the_forward_screen_measures_bf16s_weights(study: Study, data: Data, out: Path) -> None:
+    """bf16's own loss is that of its record; another arm's differs, and is not what that arm reaches by training."""
+    found = screen_forward.losses_of(study, data, CPU, 1)
+    records = {(r["arm"], r["seed"], r["budget"]): r["loss"] for r in read_records(out)}
+    assert found["bf16"] == records["bf16", 1, study.tokens[0]]
+    assert found["fine"] not in (found["bf16"], records["fine", 1, study.tokens[0]])
+    assert screen_forward.table(study, [found]).splitlines()[-2] == f"| fine | {found['fine'] - found['bf16']:+.4f} |"
