@@ -26,27 +26,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import qgz as qgz_module
 import torch
 import torch.cuda.nccl
 import torch.distributed as dist
-from torch import Tensor
+from comm_methods import Method, methods
 
 import fp4dist
-from fp4dist.comm.codec import Noise
-from fp4dist.comm.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from fp4dist.comm.exchange import Handle, Options
 from fp4dist.comm.hierarchy import GroupTree
-from fp4dist.comm.parts import Parts, decode_parts, encode_parts
-from fp4dist.spec.wire import BF16_WIRE, Wire
 
 REGIMES = {"links": [], "sockets": ["NCCL_P2P_DISABLE=1", "NCCL_SHM_DISABLE=1"]}
-WIRES = {
-    "nvfp4 nearest": Wire(rounding="nearest"),
-    "nvfp4 stochastic": Wire(rounding="stochastic"),
-    "nvfp4 rht128 eden": Wire(),
-    "fp8 nearest": Wire(kind="fp8", rounding="nearest"),
-    "int4 nearest, long groups": Wire(kind="int4", rounding="nearest", chunk=8192),
-}
 HEAD_START = 6_000_000  # clock cycles that the device waits, so that the host is ahead
 GEMM = 8192  # of the GEMMs that a transfer is hidden under
 
@@ -72,164 +62,6 @@ class Row:
     extra_mib: float | None = None
     parts: dict[str, float] = field(default_factory=dict)  # encode, wire and decode alone
     note: str = ""
-
-
-@dataclass
-class Method:
-    """What is timed: `run` starts it and returns a handle or None, `result` is what it gave, `exact` what it should."""
-
-    collective: str
-    name: str
-    run: Callable[[bool], Any]
-    result: Callable[[], Tensor]
-    exact: Callable[[], Tensor]
-    parts: Callable[[], dict[str, Callable[[], Any]]] | None = None
-    prepare: Callable[[], Any] | None = None  # of one that works in place: its input anew
-
-
-class Work:
-    """A torch collective with `wait`."""
-
-    def __init__(self, work: Any, then: Callable[[], Any] | None = None) -> None:
-        self.work, self.then = work, then
-
-    def wait(self) -> None:
-        """Wait, then do what is left."""
-        self.work.wait()
-        if self.then:
-            self.then()
-
-
-def methods(n: int, device: torch.device, variants: list[Options], tree: GroupTree | None) -> Iterator[Method]:
-    """All of them for a payload of `n` bf16 elements on each rank; those that go through the codec in each variant."""
-    options = variants[0]
-    world, rank = dist.get_world_size(), dist.get_rank()
-    n = n // (world * 128) * world * 128
-    generator = torch.Generator(device).manual_seed(7)
-    shared = torch.randn(n, device=device, generator=generator) if n <= 1 << 28 else None
-    own = torch.Generator(device).manual_seed(100 + rank)
-    x = torch.randn(n, device=device, generator=own, dtype=torch.bfloat16)
-    if shared is not None:  # gradients of one model: correlated, and of very different sizes in different layers
-        x = ((0.83 * x + 0.55 * shared) * torch.exp2(4 * torch.sin(torch.arange(n, device=device) / 1e5))).bfloat16()
-        del shared
-    shard = torch.empty(n // world, dtype=torch.bfloat16, device=device)
-    noise = Noise(seed=1, step=2, bucket=3)
-
-    def exact_shard() -> Tensor:
-        out = torch.empty(n // world, device=device)
-        dist.reduce_scatter_tensor(out, x.float())
-        return out / world
-
-    def exact_all() -> Tensor:
-        total = x.float()
-        dist.all_reduce(total)
-        return total / world
-
-    if device.type != "cuda":
-        exact_shard = lambda: exact_all().view(world, -1)[rank]  # noqa: E731
-
-    x32 = x.float()
-    out32 = torch.empty(n // world, device=device)
-    if device.type == "cuda":
-        yield Method("reduce-scatter", "NCCL fp32", lambda a: _op(dist.reduce_scatter_tensor, a, out32, x32),
-                     lambda: out32 / world, exact_shard)  # fmt: skip
-        yield Method("reduce-scatter", "NCCL bf16", lambda a: _op(dist.reduce_scatter_tensor, a, shard, x),
-                     lambda: shard.float() / world, exact_shard)  # fmt: skip
-    received = torch.empty_like(x)
-    yield Method(
-        "reduce-scatter", "bf16 all-to-all, fp32 sum",
-        lambda a: _op(dist.all_to_all_single, a, received, x,
-                      then=lambda: shard.copy_(received.view(world, -1).sum(dim=0, dtype=torch.float32))),
-        lambda: shard.float() / world, exact_shard,
-    )  # fmt: skip
-    for (name, wire), options in product(WIRES.items(), variants):
-        yield Method(
-            "reduce-scatter", name + named(options, variants),
-            lambda a, wire=wire, options=options: reduce_scatter(shard, x, wire, noise, async_op=a, options=options),
-            shard.float, exact_shard,
-            lambda wire=wire: _breakdown(shard, x, wire, noise, world, rank),
-        )  # fmt: skip
-    if tree is not None:
-        for inner, outer in ((BF16_WIRE, Wire()), (Wire(), Wire())):
-            yield Method(
-                "reduce-scatter", f"two-level {inner.label()} / {outer.label()}",
-                lambda a, i=inner, o=outer: tree.reduce_scatter(shard, x, i, o, noise, async_op=a, options=options),
-                shard.float, exact_shard,
-            )  # fmt: skip
-    y, y32 = x.clone(), x32.clone()
-    if device.type == "cuda":
-        yield Method(
-            "all-reduce",
-            "NCCL fp32",
-            lambda a: _op(dist.all_reduce, a, y32),
-            lambda: y32 / world,
-            exact_all,
-            prepare=lambda: y32.copy_(x),
-        )
-    yield Method("all-reduce", "NCCL bf16" if device.type == "cuda" else "gloo bf16",
-                 lambda a: _op(dist.all_reduce, a, y), lambda: y.float() / world, exact_all,
-                 prepare=lambda: y.copy_(x))  # fmt: skip
-    for name, options in product(("nvfp4 nearest", "nvfp4 rht128 eden"), variants):
-        yield Method(
-            "all-reduce", name + named(options, variants),
-            lambda a, wire=WIRES[name], options=options: all_reduce(y, wire, noise, async_op=a, options=options),
-            y.float, exact_all, prepare=lambda: y.copy_(x),
-        )  # fmt: skip
-    gathered, mine = torch.empty_like(x), x.view(world, -1)[rank].contiguous()
-
-    def exact_gather() -> Tensor:
-        dist.all_gather_into_tensor(gathered, mine)
-        return gathered.float()
-
-    yield Method("all-gather", "bf16", lambda a: _op(dist.all_gather_into_tensor, a, gathered, mine),
-                 gathered.float, exact_gather)  # fmt: skip
-    yield Method("all-gather", "nvfp4 nearest",
-                 lambda a: all_gather(gathered, mine, WIRES["nvfp4 nearest"], noise, async_op=a, options=options),
-                 gathered.float, exact_gather)  # fmt: skip
-
-    def exact_swap() -> Tensor:
-        dist.all_to_all_single(gathered, x)
-        return gathered.float()
-
-    yield Method("all-to-all", "bf16", lambda a: _op(dist.all_to_all_single, a, gathered, x),
-                 gathered.float, exact_swap)  # fmt: skip
-    rows, rows_out = x.view(-1, 128), gathered.view(-1, 128)
-    yield Method("all-to-all", "nvfp4 nearest",
-                 lambda a: all_to_all(rows_out, rows, WIRES["nvfp4 nearest"], noise, async_op=a, options=options),
-                 gathered.float, exact_swap)  # fmt: skip
-
-
-def named(options: Options, variants: list[Options]) -> str:
-    """What tells a variant apart."""
-    words = [f"{options.pieces} pieces"] if len({v.pieces for v in variants}) > 1 else []
-    words += ["gathered"] if options.pairs == "all_gather" else []
-    return " " + " ".join(words) if words else ""
-
-
-def _op(collective: Callable[..., Any], async_op: bool, *tensors: Tensor, then: Callable[[], Any] | None = None) -> Any:
-    work = Work(collective(*tensors, async_op=True), then)
-    if not async_op:
-        work.wait()
-    return work
-
-
-def _breakdown(
-    shard: Tensor, x: Tensor, wire: Wire, noise: Noise, world: int, rank: int
-) -> dict[str, Callable[[], Any]]:  # fmt: skip
-    """Encoding all that leaves, its transfer, and decoding all that comes, each alone."""
-    slices = x.view(world, -1)
-    leaving = Parts.of([slices[i] for i in range(world) if i != rank], wire)
-    message = encode_parts(leaving, noise, rank)
-    received = torch.empty_like(message)
-    sizes = [0 if i == rank else message.numel() // (world - 1) for i in range(world)]
-    out, own = Parts.of([shard], wire), Parts.of([slices[rank]], wire)
-    others = [i for i in range(world) if i != rank]
-    received.copy_(message)
-    return {
-        "encode": lambda: encode_parts(leaving, noise, rank, out=message),
-        "wire": lambda: dist.all_to_all_single(received, message, sizes, sizes),
-        "decode": lambda: decode_parts(out, received.view(world - 1, -1), noise, others, own, 1 / world),
-    }
 
 
 def times(run: Callable[[], Any], device: torch.device, rounds: int) -> tuple[list[float], float]:
@@ -318,13 +150,18 @@ def child(args: argparse.Namespace) -> None:
         "gloo" if args.cpu else "nccl", init_method=f"file://{args.store}", rank=args.rank, world_size=args.world,
         device_id=None if args.cpu else device,
     )  # fmt: skip
-    tree = GroupTree.of_ranks(2) if args.world >= 4 and args.world % 2 == 0 else None
-    variants = [Options(pieces=pieces or None, sms=args.sms) for pieces in args.pieces]
+    usual = [2] if args.world >= 4 and args.world % 2 == 0 else []
+    trees = {inside: GroupTree.of_ranks(inside) for inside in (usual if args.inner is None else args.inner)}
+    qgz = start_qgz(args) if args.qgz else None
+    variants = [
+        Options(pieces=pieces or None, sms=sms or None, urgent=urgent)
+        for pieces, sms, urgent in product(args.pieces, args.sms, (False, True) if args.urgent else (False,))
+    ]
     if args.child == "sockets" and args.world == 2:
         variants += [replace(options, pairs="all_gather") for options in variants]
     rows: list[dict[str, Any]] = []
     for mib in args.mib:
-        for method in methods(int(mib * 2**20 / 2), device, variants, tree):
+        for method in methods(int(mib * 2**20 / 2), device, variants, trees, qgz):
             if args.only and not any(word in f"{method.collective} {method.name}" for word in args.only):
                 continue
             row = measure(method, mib, args.child, device, args.rounds, args.exposed)
@@ -337,6 +174,16 @@ def child(args: argparse.Namespace) -> None:
         Path(args.json).write_text(json.dumps(rows), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def start_qgz(args: argparse.Namespace) -> Any:
+    """DeepSpeed's, or None where it cannot be had: the reason is printed."""
+    try:
+        return qgz_module.start(args.world)
+    except RuntimeError as e:
+        if args.rank == 0:
+            print(f"no DeepSpeed qgZ: {e}", flush=True)
+        return None
 
 
 def line(row: Row) -> str:
@@ -396,8 +243,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--regimes", nargs="+", choices=sorted(REGIMES), default=None)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--pieces", type=int, nargs="+", default=[0], help="pieces that are overlapped; 0: by size")
-    parser.add_argument("--sms", type=int, default=None, help="multiprocessors for the codec; default: all")
+    parser.add_argument("--sms", type=int, nargs="+", default=[0], help="multiprocessors for the codec; 0: all")
+    parser.add_argument("--urgent", action="store_true", help="also with the codec's kernels before those that wait")
     parser.add_argument("--only", nargs="+", help="methods whose collective and name hold one of these words")
+    parser.add_argument("--inner", type=int, nargs="*", help="ranks of the inner level of two; default: 2 of 4 or more")
+    parser.add_argument("--qgz", action="store_true", help="DeepSpeed's qgZ too; its operators are built first")
     parser.add_argument("--exposed", action="store_true", help="also what a GEMM beside it leaves visible")
     parser.add_argument("--out", type=Path, default=Path("bench_comm.json"))
     for name in ("child", "store", "json"):
@@ -408,6 +258,8 @@ def parse() -> argparse.Namespace:
         parser.error(
             f"--world {args.world} needs as many GPUs, found {torch.cuda.device_count()}; or give --cpu (gloo)"
         )
+    if wrong := [inside for inside in args.inner or () if inside < 1 or args.world % inside]:
+        parser.error(f"--inner {wrong[0]}: {args.world} ranks are not whole groups of it")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     return args
 

@@ -10,6 +10,9 @@ latter with embedding, head and norms, which `mseden` sends in fp32. `int4` is w
 qgZ puts on the wire: symmetric int4 rounded to nearest with one scale for 2048 elements, here with fp32 sums and the
 mean of all ranks. Every --canary steps one bucket is reduced exactly as well: error, cosine, correlation.
 Variants follow each other in one job, or each has its own, side by side (--at-once: times mean nothing then).
+Pieces: `--minutes 7 --resume` begins no run later than that and keeps finished ones, `--report --join A B` puts the
+folders of several machines together: gaps of all seeds, each to its own `exact`. `--trace` profiles one step of each
+run and fails where a compressed bucket also travels in high precision.
 `--link sockets` switches NVLink, PCIe peer access and shared memory off, the stand-in for a rack's NIC.
 Results go to comm.json and comm.png under --out. Exit code 1 when a variant failed or is further than --tolerance (a
 share of the loss, mean of the last tenth of the steps) from the first one.
@@ -19,20 +22,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import shutil
 import statistics
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs import launcher, new_folder, run_to, short_run, tail
 
-if TYPE_CHECKING:
-    from fp4dist.spec.run import RunConfig
-
 ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "tools" / "job_runs.py"
 _RTN = "{kind: nvfp4, rounding: nearest, rotation: 0}"
 _INT4 = "{kind: int4, rounding: nearest, rotation: 0, chunk: 2048}"
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -55,6 +57,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 DEFAULT = "exact,bf16,mseden,rtn,int4"
 LINKS = {"fast": (), "sockets": ("NCCL_P2P_DISABLE=1", "NCCL_SHM_DISABLE=1")}
+SOCKETS = """# GPUs that only sockets join, as `--link sockets` makes them; the rate that NCCL reached between two H200
+extends: h200_hgx
+name: sockets
+host: {gpus: 1, gpus_per_numa: 1, nics: 1}
+across: {name: sockets, gb_per_s: 3.6, latency_us: 50}
+"""
+LEFT = 3  # exit code: some runs were not begun
 
 
 @dataclass
@@ -73,35 +82,54 @@ class Result:
     canaries: list[dict[str, Any]] = field(default_factory=list)
     tail_loss: float | None = None
     gap: float | None = None
+    left: bool = False
+    peak_bytes: int | None = None
+    traced: bool = False
+    trace_faults: list[str] = field(default_factory=list)
+    kernels: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def main() -> int:
     """Command line."""
     args = _parse()
-    if args.worker is not None:
-        return _work(json.loads(args.worker.read_text(encoding="utf-8")))
-    out = new_folder(args.out, args.variants, VARIANTS, "--variants")
-    common = _common(args, out)
-    results: dict[str, Result] = {}
-    jobs = [[name] for name in args.variants] if args.at_once else [list(args.variants)]
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        done = [pool.submit(_run, names, args, common, out) for names in jobs]
-    found = {name: result for future in done for name, result in future.result().items()}
-    for name in args.variants:
-        results[name] = found[name]
-        _judge(results, name)
-        print(_line(results[name]), flush=True)
-        told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        content = {"arguments": told, "results": {n: asdict(r) for n, r in results.items()}}
-        (out / "comm.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _draw(list(results.values()), out / "comm.png")
+    out = _folder(args)
+    keys = [key for key in _keys(args) if _place(key, args) is None]
+    if not args.report:
+        common, until = _common(args, out), time.time() + 60 * args.minutes
+        jobs = [[key for key in keys if _variant(key) == name] for name in args.variants] if args.at_once else [keys]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            done = [pool.submit(_run, job, args, common, out, until) for job in jobs if job]
+        for future in done:
+            future.result()
+    results = {key: _result(key, args, out) for key in _keys(args)}
+    for key, result in results.items():
+        _judge(results, key)
+        print(_line(result), flush=True)
+    lines = _over_seeds(results, args)
+    print("\n".join(lines))
+    told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "join"}
+    content = {"arguments": told, "results": {key: asdict(r) for key, r in results.items()}, "over seeds": lines}
+    (out / "comm.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    drawn = [r for key, r in results.items() if key in args.variants and r.losses]
+    if drawn:
+        _draw(drawn, out / "comm.png")
+    return _verdict(results, args)
+
+
+def _verdict(results: dict[str, Result], args: argparse.Namespace) -> int:
+    """Print what is wrong; the exit code."""
     bad = [
-        f"{r.name}: {r.failure or f'{r.gap:+.3%} from {args.variants[0]}'}"
+        f"{r.name}: {r.failure or '; '.join(r.trace_faults) or f'{r.gap:+.3%} from {args.variants[0]}'}"
         for r in results.values()
-        if r.failure is not None or (args.tolerance is not None and r.gap is not None and abs(r.gap) > args.tolerance)
+        if (r.failure is not None and not r.left)
+        or r.trace_faults
+        or (args.tolerance is not None and r.gap is not None and abs(r.gap) > args.tolerance)
     ]
+    left = [r.name for r in results.values() if r.left]
+    if left:
+        print(f"left for another call with --resume, or --join: {', '.join(left)}")
     print("\n".join(bad) or "all as expected")
-    return 1 if bad else 0
+    return 1 if bad else LEFT if left else 0
 
 
 def _parse() -> argparse.Namespace:
@@ -113,14 +141,53 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=500, help="train.steps, and warm-up cut to a tenth of it")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--variants", type=lambda text: text.split(","), default=DEFAULT.split(","), help=DEFAULT)
+    seeds = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
+    parser.add_argument("--seeds", type=seeds, default=[], metavar="1,2", help="values of run.seed; default: the run's")
     parser.add_argument("--canary", type=int, default=20, help="steps between canaries; their steps' time is left out")
+    parser.add_argument("--trace", action="store_true", help="profile a step of each: coded gradients travel once")
     parser.add_argument("--at-once", action="store_true", help="run all variants side by side: times mean nothing then")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--link", choices=tuple(LINKS), default="fast")
     parser.add_argument("--tolerance", type=float, help="largest relative gap of the last losses that is all right")
-    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one variant")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one job")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no run later than this")
+    parser.add_argument("--resume", action="store_true", help="keep what is complete under --out, run the rest")
+    parser.add_argument("--join", type=Path, nargs="+", default=[], metavar="DIR", help="take finished runs from these")
+    parser.add_argument("--report", action="store_true", help="run nothing: report on --out and --join")
     parser.add_argument("--out", type=Path, default=Path("runs/comm"), help="folder of runs, logs and results")
     return parser.parse_args()
+
+
+def _keys(args: argparse.Namespace) -> list[str]:
+    """Names of the runs: a variant under the first seed has its own name; all variants of a seed before the next."""
+    later = [f"{name}.s{seed}" for seed in args.seeds[1:] for name in args.variants]
+    return [*args.variants, *later]
+
+
+def _variant(key: str) -> str:
+    return key.partition(".s")[0]
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    """--out, made; under --resume and --report it may exist, and runs that did not end are removed."""
+    if not args.resume and not args.report:
+        return new_folder(args.out, args.variants, VARIANTS, "--variants")
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for key in _keys(args) if args.resume else []:
+        if (out / key).exists() and not _complete(out / key, args):
+            shutil.rmtree(out / key)
+    return out
+
+
+def _complete(folder: Path, args: argparse.Namespace) -> bool:
+    file = folder / "metrics.jsonl"
+    return file.exists() and len(file.read_text(encoding="utf-8").splitlines()) == args.steps
+
+
+def _place(key: str, args: argparse.Namespace) -> Path | None:
+    """The folder of a finished run."""
+    places = [folder.resolve() / key for folder in (args.out, *args.join)]
+    return next((place for place in places if _complete(place, args)), None)
 
 
 def _common(args: argparse.Namespace, out: Path) -> list[str]:
@@ -132,77 +199,54 @@ def _common(args: argparse.Namespace, out: Path) -> list[str]:
     return [*args.set, *short_run(args.steps, min(config.optim.warmup_steps, args.steps // 10), out)]
 
 
-def _run(names: list[str], args: argparse.Namespace, common: list[str], out: Path) -> dict[str, Result]:
-    """Start a job that trains these variants one after the other, and wait for it."""
-    plan, log = out / f"{'_'.join(names)}.plan.json", out / f"{'_'.join(names)}.log"
-    runs = [(args.config, _sets(name, args, common, out)) for name in names]
+def _run(keys: list[str], args: argparse.Namespace, common: list[str], out: Path, until: float) -> None:
+    """Start a job that trains these runs one after the other, and wait for it."""
+    stem = f"{keys[0]}_to_{keys[-1]}" if len(keys) > 1 else keys[0]
+    plan, log = out / f"{stem}.plan.json", out / f"{stem}.log"
+    shared = {"config": args.config, "trace": args.trace}
+    runs = [{**shared, "sets": _sets(key, args, common, out), "folder": str(out / key)} for key in keys]
     plan.write_text(json.dumps(runs), encoding="utf-8")
-    command = ["env", "NCCL_NVLS_ENABLE=0", *LINKS[args.link], *launcher(args.processes)]
-    failure, seconds = run_to(log, [*command, str(Path(__file__).resolve()), "--worker", str(plan)], args.timeout)
-    return {name: _result(name, args, out, log, seconds, failure) for name in names}
+    command = ["env", "NCCL_NVLS_ENABLE=0", *LINKS[args.link], *launcher(args.processes), str(RUNS), str(plan)]
+    failure, seconds = run_to(log, [*command, "--until", str(until)], args.timeout)
+    for key in keys:
+        told = {"log": str(log), "seconds": seconds, "failure": failure}
+        (out / f"{key}.job.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
 
 
-def _work(runs: list[tuple[str, list[str]]]) -> int:
-    """A rank of `_run`: each run in the same process group, without evaluations and checkpoints."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-    import torch.distributed as dist
-
-    from fp4dist import env
-    from fp4dist.spec.load import load_run
-
-    logging.basicConfig(level=logging.INFO if env.rank() == 0 else logging.WARNING, format="%(message)s")
-    env.ensure_launch_variables()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(env.local_rank())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    for config, sets in runs:
-        _train(load_run(config, sets))
-        dist.barrier()
-    dist.destroy_process_group()
-    return 0
-
-
-def _train(config: RunConfig) -> None:
-    """The steps of one run; rank 0 writes a line of metrics.jsonl for each."""
-    from fp4dist.train import communication, data, loop
-    from fp4dist.train.world import open_world
-
-    config = loop.resolve_dtype(config)
-    with open_world(config) as world:
-        data.ensure_prepared(config)
-        datasets = data.build_datasets(config, world.dp_size)
-        engine, applied = loop.build_engine(config, world)
-        place = {"dp_rank": world.dp_rank, "dp_size": world.dp_size, "cp_rank": world.cp_rank, "cp_size": world.cp_size}
-        batches = data.train_iterator(datasets, config, consumed_samples=0, **place)
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        with Path(config.run_dir, "metrics.jsonl" if world.is_first else f"rank{world.rank}.jsonl").open("w") as file:
-            for step in range(1, config.train.steps + 1):
-                applied.set_step(step - 1, config.train.steps)
-                result, seconds = loop.timed_step(engine, applied, step, batches)
-                sent, canaries = communication.told(result.traffic)
-                row = {"step": step, "loss": result.loss, "grad_norm": result.grad_norm, "seconds": seconds,
-                       "bytes_sent": sent, "canary": canaries}  # fmt: skip
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-        engine.close()
-
-
-def _sets(name: str, args: argparse.Namespace, common: list[str], out: Path) -> list[str]:
-    """Overrides of a variant."""
-    own = VARIANTS[name]
+def _sets(key: str, args: argparse.Namespace, common: list[str], out: Path) -> list[str]:
+    """Overrides of a run."""
+    own, (_, _, seed) = VARIANTS[_variant(key)], key.partition(".s")
     watch = [f"comm.canary.every={args.canary}", "comm.guard=false"] if own else []
-    return [*common, *own, *watch, f"run.name={name}", f"run.dir={out / name}"]
+    watch += [f"comm.topology={_slow(out)}"] if own and args.link == "sockets" else []
+    seeds = [f"run.seed={seed or args.seeds[0]}"] if args.seeds else []
+    return [*common, *own, *watch, *seeds, f"run.name={key}", f"run.dir={out / key}"]
 
 
-def _result(name: str, args: argparse.Namespace, out: Path, log: Path, seconds: float, failure: str | None) -> Result:
-    """What a variant has left; it has failed if it has not made all its steps."""
-    result = Result(name, str(log), seconds, failure)
-    metrics = out / name / "metrics.jsonl"
-    if metrics.exists():
-        _read(result, [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()])
+def _slow(out: Path) -> Path:
+    """The topology of GPUs that only sockets join, from which the policy chooses how they exchange."""
+    file = out / "sockets.yaml"
+    file.write_text(SOCKETS, encoding="utf-8")
+    return file
+
+
+def _result(key: str, args: argparse.Namespace, out: Path) -> Result:
+    """What a run has left; it has failed if it has not made all its steps, and is left if it was not begun."""
+    place = _place(key, args) or out / key
+    job = place.parent / f"{key}.job.json"
+    told = json.loads(job.read_text(encoding="utf-8")) if job.exists() else {}
+    result = Result(key, told.get("log", ""), told.get("seconds", 0.0), told.get("failure"))
+    if (place / "metrics.jsonl").exists():
+        _read(result, [json.loads(line) for line in (place / "metrics.jsonl").read_text("utf-8").splitlines()])
+    case, trace = place / "case.json", place / "trace.json"
+    if case.exists():
+        ended = json.loads(case.read_text(encoding="utf-8"))
+        result.peak_bytes, result.failure = ended.get("peak_bytes"), ended.get("failure") or result.failure
+    if trace.exists():
+        found = json.loads(trace.read_text(encoding="utf-8"))
+        result.traced, result.trace_faults, result.kernels = True, found["faults"], found["kernels"]
     if len(result.losses) == args.steps:
         result.failure = None
+    result.left = not place.exists() and result.failure is None
     return result
 
 
@@ -219,16 +263,34 @@ def _read(result: Result, rows: list[dict[str, Any]]) -> None:
     result.tail_loss = statistics.fmean(last) if last else None
 
 
-def _judge(results: dict[str, Result], name: str) -> None:
-    """Fill in the gap to the first variant."""
-    result, reference = results[name], next(iter(results.values()))
+def _judge(results: dict[str, Result], key: str) -> None:
+    """Fill in the gap to the first variant under the same seed."""
+    reference = next(r for k, r in results.items() if k.partition(".s")[2] == key.partition(".s")[2])
+    result = results[key]
     if result.tail_loss is not None and reference.tail_loss is not None:
         result.gap = result.tail_loss / reference.tail_loss - 1
 
 
+def _over_seeds(results: dict[str, Result], args: argparse.Namespace) -> list[str]:
+    """Of each variant the mean gap over seeds, paired, with its standard error."""
+    lines = []
+    for name in args.variants[1:]:
+        gaps = [r.gap for key, r in results.items() if _variant(key) == name and r.gap is not None]
+        if len(gaps) > 1:
+            error = statistics.stdev(gaps) / len(gaps) ** 0.5
+            low, high = min(gaps), max(gaps)
+            lines.append(f"{name:11s} {len(gaps)} seeds: {statistics.fmean(gaps):+.3%} +- {error:.3%} of the loss of"
+                         f" {args.variants[0]} ({low:+.3%} to {high:+.3%})")  # fmt: skip
+    return lines
+
+
 def _line(r: Result) -> str:
+    if r.left:
+        return f"{r.name}: not begun"
     if r.failure is not None or not r.losses:
-        return f"{r.name}: FAILED: {r.failure or 'no losses'}; the end of its log:\n{tail(Path(r.log))}"
+        return (
+            f"{r.name}: FAILED: {r.failure or 'no losses'}; the end of its log:\n{tail(Path(r.log)) if r.log else ''}"
+        )
     text = f"{r.name:11s} {len(r.losses)} steps, last loss {r.losses[-1]:.4f}, mean of the last tenth {r.tail_loss:.4f}"
     text += f" ({r.gap:+.3%}), {1e3 * (r.step_seconds or 0):.1f} ms a step"
     for direction, account in (r.bytes_of_a_step or {}).items():
@@ -239,6 +301,9 @@ def _line(r: Result) -> str:
         names = ("nmse", "one_shot", "bias", "cosine", "correlation")
         middle = {key: statistics.median(c[key] for c in r.canaries) for key in names}
         text += "; canaries' medians " + ", ".join(f"{key} {value:.5g}" for key, value in middle.items())
+    text += f"; peak memory {r.peak_bytes / 2**30:.2f} GiB" if r.peak_bytes else ""
+    text += f"; trace: {'; '.join(r.trace_faults) or 'nothing travels twice'}" if r.traced else ""
+    text += "".join(f", {k['count']} x {name.split('(')[0]} {k['us']:.0f} us" for name, k in r.kernels.items())
     return text
 
 

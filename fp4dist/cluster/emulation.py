@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fp4dist.spec.blocks import Eden, FourOverSix, MseSearch, Nearest, Quest
+from fp4dist.spec.blocks import BestOf, Eden, FourOverSix, MseSearch, Nearest, Quest
 from fp4dist.spec.operand import QuantSpec
 from fp4dist.spec.recipe import LinearRecipe
 
@@ -47,6 +47,6 @@ def _one(spec: QuantSpec) -> float:
 def _work(spec: QuantSpec) -> Work:
     if isinstance(spec.rounding, Eden):
         return "eden"
-    if isinstance(spec.rule, FourOverSix | MseSearch | Quest):
+    if isinstance(spec.rule, FourOverSix | BestOf | MseSearch | Quest):
         return "search"
     return "nearest" if isinstance(spec.rounding, Nearest) else "noise"

@@ -19,7 +19,7 @@ from fp4dist.cluster.precision import policy
 from fp4dist.cluster.predict_command import as_json, verdict
 from fp4dist.cluster.run_file import write_run
 from fp4dist.cluster.shapes import shape_of
-from fp4dist.cluster.tables import breakdown_table, codecs, memory_table, rank_map
+from fp4dist.cluster.tables import breakdown_table, codecs, gradients_as_codes, memory_table, rank_map
 from fp4dist.cluster.timing import Prediction
 from fp4dist.spec.cluster import Layout
 
@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--why", nargs="?", const="", metavar="LAYOUT", help="explain the choice, or why not tp=8,pp=4")
     parser.add_argument("--mbs", type=int, default=1, help="micro-batch of --why LAYOUT")
     parser.add_argument("--write", type=Path, metavar="RUN.yaml", help="write the run file of the best runnable layout")
+    parser.add_argument(
+        "--comm",
+        choices=("auto", "codes", "none"),
+        default="auto",
+        help="comm: of the run file: gradients as codes where an FP4 run gains 0.5 %% by it (auto), always, or never",
+    )
     parser.add_argument("--base", help="run whose data, optimizer and length the run file takes")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw timeline and rack map as SVG and PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -78,8 +84,11 @@ def _write(args: argparse.Namespace, found: Plan) -> None:
         return
     if found.chosen is not None and found.chosen.layout != best.layout:
         print(f"{found.chosen.layout.label()} does not come out even for our engines (chunks of pp * vpp, heads by tp)")
-    write_run(args.write, found.job, best, args.base, args.recipe)
-    print(f"wrote {args.write}: {best.layout.label()}, {best.step_time_s:.4g} s")
+    rules = policy(found.job.precision, found.job.recipe, found.job.model.num_layers, found.job.topology.gpu)
+    coded = args.comm == "codes" or (args.comm == "auto" and gradients_as_codes(best, rules.wire))
+    write_run(args.write, found.job, best, args.base, args.recipe, args.topology if coded else None)
+    saved = f"; gradients as codes (comm:) save {best.parts.reduce_saved_s:.3g} s of them" if coded else ""
+    print(f"wrote {args.write}: {best.layout.label()}, {best.step_time_s:.4g} s{saved}")
 
 
 def report(found: Plan, chosen: Prediction, top: int) -> str:

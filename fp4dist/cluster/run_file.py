@@ -14,18 +14,27 @@ from fp4dist.errors import ConfigError
 from fp4dist.spec.load import load_run, shipped
 
 _HEADER = """# Written by python -m fp4dist.cluster plan for {gpus} GPUs of {topology}: predicted step {step:.4g} s,
-# {memory:.0f} of {capacity:.0f} GB. Data, optimizer and length of the run are those of `{base}`: set your own.
+#{coded} {memory:.0f} of {capacity:.0f} GB. Data, optimizer and length of the run are those of `{base}`: set your own.
 """
 
 
-def write_run(path: Path, job: Job, found: Prediction, base: str | None, recipe: str | None) -> None:
-    """Write the run file and read it back. Raises ConfigError, and leaves no file, where the loader refuses it."""
+def write_run(
+    path: Path, job: Job, found: Prediction, base: str | None, recipe: str | None, links: str | None = None
+) -> None:
+    """Write the run file and read it back. Raises ConfigError, and leaves no file, where the loader refuses it.
+
+    links   name or path of the topology by whose links gradients are coded; None: they travel as the engine sends them
+    """
     base = base or _base(job)
     data = _settings(job, found, base, recipe)
+    if links is not None:
+        where = str(Path(links).resolve()) if links.endswith((".yaml", ".yml")) else links
+        data["comm"] = {"grad_reduce": "auto", "topology": where}
     header = _HEADER.format(
         gpus=job.gpus,
         topology=job.topology.name,
         step=found.step_time_s,
+        coded=f" {found.parts.reduce_saved_s:.3g} s less with comm:," if links is not None else "",
         memory=found.memory.total,
         capacity=found.memory.capacity,
         base=base,

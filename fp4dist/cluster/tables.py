@@ -24,6 +24,7 @@ _MEANING = {
     "optimizer": "optimizer",
     "step": "loop, norms, stragglers",
 }
+_WORTH = 0.005  # of a step: what coded gradients must save to be written into a run file
 _AXES = {"tp": "tensor", "cp": "context", "ep": "expert", "pp": "pipeline", "dp": "data", "data": "gradients (dp x cp)"}
 
 
@@ -81,6 +82,27 @@ def codecs(found: Prediction, precision: Precision) -> dict[str, str]:
         bf16 = found.parts.reduce_s + found.parts.gather_s
         fp4 = found.parts.reduce_fp4_s + found.parts.gather_fp4_s
         text = f"{bf16:.3g} s of traffic in bf16, {fp4:.3g} s as codes, {found.breakdown['dp']:.3g} s exposed"
-        asked = f"; comm: {{grad_reduce: auto, topology: {topology.name}}} in the run file asks for it"
-        out["dp"] = f"nvfp4 between domains ({text}){asked}" if rho > 1 else f"bf16 (NVLink is the slower hop; {text})"
+        out["dp"] = f"bf16 (NVLink is the slower hop; {text})"
+        if rho > 1:
+            section = f"comm: {{grad_reduce: auto, topology: {topology.name}}}"
+            saved = (
+                f"{found.parts.reduce_saved_s:.3g} s of the step, {found.parts.reduce_saved_s / found.step_time_s:.1%}"
+            )
+            told = f"--write puts {section} into the run file, --comm none does not"
+            if not gradients_as_codes(found, precision):
+                told = f"{section} in the run file asks for it, --comm codes writes it"
+            out["dp"] = f"nvfp4 between domains ({text}); gradients as codes save {saved}: {told}"
     return out
+
+
+def gradients_as_codes(found: Prediction, precision: Precision) -> bool:
+    """Whether a run file should have its gradients coded: for an FP4 run, where links across domains are the bound and
+    what coding saves is at least half a percent of the step.
+    """
+    placement, topology = found.placement, found.placement.topology
+    data = placement.span("data")
+    if precision != "nvfp4" or data.across == 1:
+        return False
+    slower = topology.inside.gb_per_s * (data.across - 1) / (data.across * topology.across.gb_per_s)
+    worth = found.parts.reduce_saved_s >= _WORTH * found.step_time_s
+    return worth and (data.inside == 1 or slower > data.inside - 1)

@@ -34,6 +34,7 @@ class StepParts:
     last_extra_forward_s, last_extra_backward_s   the last chunk's head and loss
     reduce_s, gather_s                       gradients and parameters over data-parallel ranks, in bf16, nothing hidden
     reduce_fp4_s, gather_fp4_s               the same as NVFP4 codes
+    reduce_saved_s                           of the step, by coded gradients; 0 where weights are sharded as well
     """
 
     micro_batches: int
@@ -48,6 +49,7 @@ class StepParts:
     gather_s: float
     reduce_fp4_s: float
     gather_fp4_s: float
+    reduce_saved_s: float
     data_link: str
     optimizer_s: float
     host_s: float
@@ -280,14 +282,23 @@ class _Scene:
 
     def _exposed_data(self, stage: float) -> float:
         """What backward of the last micro-batches and forward of the first do not hide."""
-        share, m, layout = self.machine.constants.data, self.micro_batches, self.layout
-        if layout.fsdp > 1:
+        if self.layout.fsdp > 1:
             return self._exposed_shards(stage)
         reduce, gather = self.data_seconds(2.0, self._parameter_bytes)
+        return self._uncovered(reduce, 2 / 3, stage) + self._uncovered(gather, 1 / 3, stage)
+
+    def _uncovered(self, seconds: float, part: float, stage: float) -> float:
+        """What a `part` of the computing beside it leaves of a transfer."""
+        m, layout = self.micro_batches, self.layout
         window = stage * min(m, layout.pp) * ((layout.vpp - 1) / layout.vpp if layout.pp > 1 else 1.0)
-        return sum(
-            max(share * seconds, seconds - part * window) for seconds, part in ((reduce, 2 / 3), (gather, 1 / 3))
-        )
+        return max(self.machine.constants.data * seconds, seconds - part * window)
+
+    def _saved_by_codes(self, reduce: float, small: float) -> float:
+        """Of the step, by gradients that take `small` seconds as codes instead of `reduce`."""
+        if self.layout.fsdp > 1:
+            return 0.0
+        stage = self.slowest_stage()
+        return self._uncovered(reduce, 2 / 3, stage) - self._uncovered(small, 2 / 3, stage)
 
     def _exposed_shards(self, stage: float) -> float:
         """Weights gathered twice and gradients scattered in every micro-batch; then over what holds equal shards."""
@@ -350,6 +361,7 @@ class _Scene:
             gather_s=gather,
             reduce_fp4_s=small_reduce,
             gather_fp4_s=small_gather,
+            reduce_saved_s=self._saved_by_codes(reduce, small_reduce),
             data_link="network" if span.across > 1 else "nvlink",
             optimizer_s=self._optimizer(),
             host_s=self._step(),

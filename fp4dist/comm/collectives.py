@@ -57,7 +57,7 @@ def all_reduce(
     """
     members = Members.of(group)
     flat = x.view(-1)
-    slices = [[t] for t in _slices(flat, members.size)]
+    slices = [[t] for t in slices_of(flat, members.size)]
     mine = slices[members.place][0]
     chained = Scatter.chains(wire, gather or wire, options, x.device, members.size)
     shard = mine if chained else torch.empty(mine.numel(), dtype=torch.float32, device=x.device)
@@ -122,8 +122,8 @@ def recv(
     return start(out, [transfer], out.device, async_op)
 
 
-def _slices(flat: Tensor, size: int) -> list[Tensor]:
-    """A slice for each rank: equal ones of whole runs of 128, the last ones shorter or empty."""
+def slices_of(flat: Tensor, size: int) -> list[Tensor]:
+    """What each of `size` ranks sums in an all-reduce: equal runs of whole 128s, the last ones shorter or empty."""
     each = -(-flat.numel() // size)
     each += -each % 128
     return [flat[min(i * each, flat.numel()) : min((i + 1) * each, flat.numel())] for i in range(size)]

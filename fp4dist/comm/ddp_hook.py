@@ -119,6 +119,7 @@ def ddp_hook(
     raises     EnvironmentMismatch on every rank when they differ, within config.timeout_s
     """
     compression = Compression(config, seed, topology)
+    compression.prepare(ddp.process_group)
     compression.confirm()
     return DdpHook(DdpState(ddp.module, compression, ddp.process_group), _hook)
 

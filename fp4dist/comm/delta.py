@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fp4dist.comm.collectives import all_gather_parts
 from fp4dist.comm.compression import Compression
+from fp4dist.comm.parts import rooms
 from fp4dist.comm.policy import decide, span_of, why_exact
 from fp4dist.comm.reduction import Bucket, Segment, views
 from fp4dist.spec.wire import BF16_WIRE, FP32_WIRE, Wire
@@ -105,10 +106,13 @@ class DeltaBucket:
 
     def _start_coded(self, wire: Wire) -> Any:
         own = self._own(self.coded)
-        delta = [new.float() - seen.float() for new, seen in zip(own, self.seen, strict=True)]
+        delta = rooms([view.numel() for view in own], self.data.device)
+        for room, new, seen in zip(delta, own, self.seen, strict=True):
+            torch.sub(new.float(), seen.float(), out=room)
         if not self.apart:
             self.aside = torch.cat([self.data.new_empty(0), *own])
-        changes = [[torch.empty(b - a, device=self.data.device) for a, b in runs] for runs in self.coded]
+        left = iter(rooms([b - a for runs in self.coded for a, b in runs], self.data.device))
+        changes = [[next(left) for _ in runs] for runs in self.coded]
         handle = all_gather_parts(changes, delta, wire, self._noise(), self.group, async_op=True)
 
         @torch.no_grad()

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fp4dist.spec.communication import Pairs
+
 Group = dist.ProcessGroup | None
 _A_PIECE = 1 << 26  # elements that are worth a piece of their own on a GPU
 _MOST_PIECES = 4
@@ -33,13 +35,15 @@ class Options:
              `wait` then waits for the device
     pairs    how two ranks exchange equal messages: by an all-to-all (fastest over NVLink), or by an all-gather (over
              sockets, where NCCL uses more connections for it)
+    urgent   whether encoding and decoding come before kernels that wait on other streams, such as a GEMM's next wave
     own      a rank's own contribution to a reduction is added as it is, or goes through the codec as the others do
     """
 
     pieces: int | None = None
     sms: int | None = None
     check: bool | None = None
-    pairs: Literal["all_to_all", "all_gather"] = "all_to_all"
+    pairs: Pairs = "all_to_all"
+    urgent: bool = False
     own: Literal["exact", "coded"] = "exact"
 
     def pieces_for(self, elements: int, device: torch.device) -> int:
@@ -95,6 +99,7 @@ class Exchange(Protocol):
     """One coded transfer in pieces."""
 
     pieces: int
+    options: Options
 
     def encode(self, piece: int) -> Tensor:
         """The bytes of a piece that leave this rank."""
@@ -116,6 +121,10 @@ class Exchange(Protocol):
     @property
     def tensors(self) -> Sequence[Tensor]:
         """What is read and written."""
+        ...
+
+    def copied(self) -> Sequence[Tensor]:
+        """What `transfer` has sent in place of the message since the last call."""
         ...
 
 
@@ -174,6 +183,7 @@ def _on_cpu(exchanges: Sequence[Exchange], device: torch.device) -> Callable[[],
                 found = _begun(exchange)
             for piece, (received, work) in enumerate(found):
                 work.wait()
+                exchange.copied()
                 exchange.decode(piece, received)
 
     return finish
@@ -185,7 +195,7 @@ def _begun(exchange: Exchange) -> list[tuple[Tensor, Any]]:
 
 def _on_gpu(exchanges: Sequence[Exchange], device: torch.device) -> Callable[[], None]:
     """Everything is enqueued; the returned function lets the current stream wait."""
-    encoding, decoding = _streams(device)
+    encoding, decoding = _streams(device, exchanges[0].options.urgent)
     begun = torch.cuda.current_stream(device).record_event()
     encoding.wait_event(begun)
     decoding.wait_event(begun)
@@ -206,7 +216,7 @@ def _on_gpu(exchanges: Sequence[Exchange], device: torch.device) -> Callable[[],
             work.wait()
             check = exchange.decode(piece, received)
             written[i, piece] = decoding.record_event()
-        for t in (message, received):  # made on either stream
+        for t in (message, received, *exchange.copied()):  # made on either stream; NCCL lets go of them at `work.wait`
             t.record_stream(encoding)
             t.record_stream(decoding)
         if check is not None:
@@ -231,7 +241,7 @@ def _order(exchanges: Sequence[Exchange]) -> Iterator[tuple[int, int]]:
 
 
 @lru_cache(maxsize=16)
-def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+def _streams(device: torch.device, urgent: bool) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     """For encoding and for decoding."""
     with torch.cuda.device(device) if device.index is not None else nullcontext():
-        return torch.cuda.Stream(device), torch.cuda.Stream(device)
+        return torch.cuda.Stream(device, priority=-urgent), torch.cuda.Stream(device, priority=-urgent)

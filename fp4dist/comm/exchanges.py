@@ -79,11 +79,17 @@ class _Coded:
         self.wire, self.noise, self.members, self.options, self.level = wire, noise, members, options, level
         self.sent = self.received = self.formula = 0
         self.pieces = 1
+        self._copies: list[Tensor] = []
 
     @property
     def traffic(self) -> Traffic:
         """Bytes so far."""
         return Traffic(self.level, self.sent, self.received, self.formula)
+
+    def copied(self) -> list[Tensor]:
+        """What was sent in place of messages since the last call: to be held until it has left."""
+        found, self._copies = self._copies, []
+        return found
 
     def place(self, what: str) -> str:
         """Text that begins an error's message."""
@@ -231,7 +237,7 @@ class Gather(_Coded):
 
     def __init__(
         self, outs: Sequence[Sequence[Tensor]], mine: Sequence[Tensor], wire: Wire, noise: Noise, members: Members,
-        options: Options, level: str, pieces: int | None = None,
+        options: Options, level: str, pieces: int | None = None, chunk: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(wire, noise, members, options, level)
         if len(outs) != members.size or [t.numel() for t in mine] != [t.numel() for t in outs[members.place]]:
@@ -240,7 +246,7 @@ class Gather(_Coded):
                 f" {[t.numel() for t in mine]} elements, its place {[t.numel() for t in outs[members.place]]}"
             )
         every = [t for tensors in outs for t in tensors]
-        chunk = _chunk(every, wire)
+        chunk = chunk or _chunk(every, wire)
         self.mine, self.outs = _Numbered([mine], wire, chunk), _Numbered(outs, wire, chunk)
         self.tensors = [*every, *mine]
         self.device = every[0].device if every else torch.device("cpu")
@@ -264,10 +270,11 @@ class Gather(_Coded):
         self.sent += (members.size - 1) * message.numel()
         self.received += sum(sizes) - message.numel()
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=message.device)
+        self._copies.append(message.repeat(members.size))
+        leaving = [message.numel()] * members.size
         return received, dist.all_to_all_single(
-            received, message.repeat(members.size), sizes, [message.numel()] * members.size, group=members.group,
-            async_op=True,
-        )  # fmt: skip
+            received, self._copies[-1], sizes, leaving, group=members.group, async_op=True
+        )
 
     def decode(self, piece: int, received: Tensor) -> Callable[[], None] | None:
         """All ranks' values, this one's too."""

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp4dist.comm.codec import Noise
-from fp4dist.comm.collectives import DEFAULT
+from fp4dist.comm.collectives import DEFAULT, slices_of
 from fp4dist.comm.exchange import Exchange, Group, Handle, Members, Options, start
 from fp4dist.comm.exchanges import Gather, Op, Scatter
+from fp4dist.comm.parts import rooms
 from fp4dist.spec.wire import Wire
 
 INNER, OUTER = "intra", "inter"
@@ -84,9 +85,12 @@ class GroupTree:
         self, x: Tensor, inner: Wire, outer: Wire, noise: Noise, *, op: Op = "mean", async_op: bool = False,
         options: Options = DEFAULT,
     ) -> Handle:  # fmt: skip
-        """The mean (or sum) over all W ranks of `x`, in place; its elements must be W equal slices."""
-        parts = self.slices(x.view(-1))
-        shard = torch.empty(parts[0][0].numel(), dtype=torch.float32, device=x.device)
+        """The mean (or sum) over all W ranks of `x` of any number of elements, in place; equal bits on all ranks."""
+        places, racks = self.intra.size(), self.inter.size()
+        slices = slices_of(x.view(-1), places * racks)
+        parts = [[slices[r * places + i] for r in range(racks)] for i in range(places)]
+        mine = slices[self.inter.rank() * places + self.intra.rank()]
+        shard = torch.empty(mine.numel(), dtype=torch.float32, device=x.device)
         first = self._scatter([shard], parts, inner, outer, noise, op, options)
         second = self._gather(parts, shard, inner, outer, noise.after.after, options, first[0].pieces)
         return start(x, [*first, *second], x.device, async_op)
@@ -97,7 +101,7 @@ class GroupTree:
     ) -> list[Exchange]:  # fmt: skip
         rack, place = Members.of(self.intra), Members.of(self.inter)
         mine = parts[rack.place]
-        sums = [torch.empty(t.numel(), dtype=torch.float32, device=t.device) for t in mine]
+        sums = rooms([t.numel() for t in mine], mine[0].device)
         first = Scatter(sums, parts, inner, noise, rack, "sum", options, INNER)
         second = Scatter(out, [[t] for t in sums], outer, noise.after, place, "sum", options, OUTER, first.pieces)
         second.factor = 1.0 / self.world if op == "mean" else 1.0
@@ -113,10 +117,16 @@ class GroupTree:
         # every rack codes the same values of a place: with the same noise, or racks would get different bits
         rack = rack._replace(ranks=tuple(range(rack.size)))
         inside = Gather(outs, mine, inner, noise.after, rack, options, INNER, across.pieces)
-        if inner != outer or outer.plain or outer.signs == "per_rank":
+        if not passes_on(inner, outer):
             return [across, inside]
-        arriving = _Arriving([[t] for t in mine], [part], outer, noise, place, options, OUTER, pieces)
+        chunk = outer.chunk_of(max(t.numel() for tensors in outs for t in tensors))  # of both, also of uneven slices
+        arriving = _Arriving([[t] for t in mine], [part], outer, noise, place, options, OUTER, pieces, chunk)
         return [arriving, _Relay(arriving, outs, mine, Members.of(self.intra))]
+
+
+def passes_on(inner: Wire, outer: Wire) -> bool:
+    """Whether a gather's records go through the rack as they came."""
+    return inner == outer and not outer.plain and outer.signs != "per_rank"
 
 
 class _Arriving(Gather):

@@ -7,19 +7,19 @@ all-to-all would put more there than a ring of bf16 does from L = 4 on. `GroupTr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fp4dist.comm.codec import Noise
+from fp4dist.comm.collectives import DEFAULT
 from fp4dist.comm.exchange import Handle, Members, Options, start
 from fp4dist.comm.exchanges import Op, Scatter
-from fp4dist.comm.hierarchy import INNER, OUTER, GroupTree
+from fp4dist.comm.hierarchy import INNER, OUTER, GroupTree, passes_on
+from fp4dist.comm.parts import rooms
 from fp4dist.spec.wire import Wire
-
-_WHOLE = Options(pieces=1)
 
 
 def make_trees(levels: dict[tuple[int, ...], int]) -> dict[tuple[int, ...], GroupTree]:
@@ -47,19 +47,34 @@ def _own_group(groups: Sequence[Sequence[int]], me: int) -> Any:
 
 def reduce_scatter_levels(
     tree: GroupTree, out: Sequence[Tensor], parts: Sequence[Sequence[Tensor]], inner: Wire, outer: Wire, noise: Noise,
-    *, op: Op, async_op: bool = False,
+    *, op: Op, async_op: bool = False, options: Options = DEFAULT,
 ) -> Handle:  # fmt: skip
-    """`reduce_scatter_parts` over the ranks of `tree`: parts[k] are the tensors that its rank k is to own."""
+    """`reduce_scatter_parts` over the ranks of `tree`: parts[k] are the tensors that its rank k is to own.
+
+    options   pieces are pipelined through both levels; `pairs` is for the outer one, where two domains exchange
+    """
     rack, place = Members.of(tree.intra), Members.of(tree.inter)
     owners = [[r * rack.size + here for r in range(place.size)] for here in range(rack.size)]
     by_place = [[t for k in ranks for t in parts[k]] for ranks in owners]
-    sums = [torch.empty(t.numel(), dtype=torch.float32, device=t.device) for t in by_place[rack.place]]
+    mine = by_place[rack.place]
+    sums = rooms([t.numel() for t in mine], mine[0].device) if mine else []
     left = iter(sums)
     by_rack = [[next(left) for _ in parts[k]] for k in owners[rack.place]]
-    first = Scatter(sums, by_place, inner, noise, rack, "sum", _WHOLE, INNER)
-    second = Scatter(out, by_rack, outer, noise.after, place, "sum", _WHOLE, OUTER, first.pieces)
+    first = Scatter(sums, by_place, inner, noise, rack, "sum", replace(options, pairs="all_to_all"), INNER)
+    second = Scatter(out, by_rack, outer, noise.after, place, "sum", options, OUTER, first.pieces)
+    second.device = first.device  # also where this place's ranks own nothing
     second.factor = 1.0 / tree.world if op == "mean" else 1.0
     return start(list(out), [first, second], first.device, async_op)
+
+
+def bytes_of_all_reduce(slices: Sequence[int], rank: int, inside: int, inner: Wire, outer: Wire) -> int:
+    """Bytes that rank `rank` of a GroupTree sends in its all_reduce; slices[k] are the elements that rank k sums."""
+    racks, place = len(slices) // inside, rank % inside
+    held = [slices[r * inside + place] for r in range(racks)]  # that this rank passes on in its rack
+    across = outer.chunk_of(max(slices if passes_on(inner, outer) else held))
+    back = (racks - 1) * outer.bytes_of(slices[rank], across)
+    back += (inside - 1) * sum(inner.bytes_of(n, inner.chunk_of(max(slices))) for n in held)
+    return sum(bytes_of_levels([[n] for n in slices], rank, inside, inner, outer)) + back
 
 
 def bytes_of_levels(

@@ -19,6 +19,7 @@ from fp4dist.comm import records as r
 from fp4dist.comm.codec import Noise
 from fp4dist.errors import WireError
 from fp4dist.kernels.triton import wire as kernels
+from fp4dist.kernels.wire import wire_kernels
 from fp4dist.spec.wire import Wire
 
 Runs = tuple[tuple[int, int], ...]  # [first, last) of records, several times
@@ -99,7 +100,7 @@ def encode_parts(
         shared, sign_rank = _shared(parts, noise, rank, sms), noise.sign_rank(parts.wire, rank)
         tables = _tables(parts.sizes, offsets, None, parts.chunk, parts.first, chosen, _even(base), out.device)
         for table, aligned in tables:
-            kernels.encode(base, table, out.view(number, parts.unit), shared, sign_rank, aligned)
+            wire_kernels(out.device).encode(base, table, out.view(number, parts.unit), shared, sign_rank, aligned)
     else:
         index = _index(chosen)
         counts = torch.from_numpy(_counts(parts.sizes, parts.chunk)[index])
@@ -168,7 +169,7 @@ def recode_parts(
     keyed = tuple(noise.sign_rank(parts.wire, sender) for sender in ranks)
     bad = torch.full((), _NONE_WRONG, dtype=torch.int32, device=records.device) if check else None
     for table, aligned in _recode_tables(own.sizes, offsets, parts.chunk, runs, _even(base), records.device):
-        kernels.recode(
+        wire_kernels(records.device).recode(
             out.view(number, parts.unit), base, records, table, _shared(parts, noise, 0, sms),
             _shared(parts, after, rank, sms), _on_device(keyed, records.device), factor,
             after.sign_rank(parts.wire, rank), aligned, bad,
@@ -199,7 +200,7 @@ def _decode_on_gpu(
     keyed = tuple(noise.sign_rank(parts.wire, rank) for rank in ranks)
     bad = torch.full((), _NONE_WRONG, dtype=torch.int32, device=records.device) if check else None
     for table, aligned in _tables(parts.sizes, offsets, own_offsets, parts.chunk, 0, runs, even, records.device):
-        kernels.accumulate(
+        wire_kernels(records.device).accumulate(
             base, mine, records, table, _shared(parts, noise, 0, sms), _on_device(keyed, records.device), factor,
             aligned, bad,
         )  # fmt: skip
@@ -210,6 +211,15 @@ def _shared(parts: Parts, noise: Noise, rank: int, sms: int | None) -> kernels.C
     return kernels.Codec(
         parts.wire, parts.chunk, r.first_word(parts.wire), noise.key(rank, c.ROUNDING), noise.key(0, c.SIGNS), sms
     )
+
+
+def rooms(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Empty fp32 vectors of these sizes, in one allocation: where they lie to each other is the same in every step, so
+    tables that are kept by it serve again. Each begins where a kernel can read vectors.
+    """
+    starts = np.cumsum([0, *(-(-n // kernels.UNIT) * kernels.UNIT for n in sizes)]).tolist()
+    flat = torch.empty(starts[-1], device=device)
+    return [flat[start : start + n] for start, n in zip(starts, sizes, strict=False)]
 
 
 def _placed(tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
@@ -330,7 +340,8 @@ def _sum_plain_on_gpu(
     even = rows and all(_even(t) for t in (base, mine, typed) if t is not None)
     sizes = tuple(t.numel() for t in pieces)
     for table, aligned in _plain_tables(sizes, offsets, others, even, messages.device):
-        kernels.sum_plain(base, mine, typed, table, len(typed) if own_at is None else own_at, factor, aligned)
+        place = len(typed) if own_at is None else own_at
+        wire_kernels(messages.device).sum_plain(base, mine, typed, table, place, factor, aligned)
 
 
 @lru_cache(maxsize=_TABLES)

@@ -9,6 +9,11 @@ reduce over W ranks, c bytes a coded element, a link of B and memory of M bytes 
 
 the codec reads b, writes and reads c, and writes the fp32 sum of this rank's part. Across domains the first hop of a
 two-level reduction stays inside the domain in high precision and the coded second hop carries n / L elements.
+
+Two ranks exchange their halves in one of two ways, `pairs`:
+
+    all_to_all   n c / 2 / (s B)                   s: share of a network's rate that NCCL reaches so
+    all_gather   n c / 2 / B  +  n c / (h M)       over more connections; copies the own half, too
 """
 
 from __future__ import annotations
@@ -20,12 +25,14 @@ from dataclasses import dataclass
 
 from fp4dist.errors import ConfigError
 from fp4dist.spec.cluster import Topology
-from fp4dist.spec.communication import CommConfig
+from fp4dist.spec.communication import CommConfig, Pairs
 from fp4dist.spec.wire import Wire
 
 SMALL = 4096  # elements of a tensor that is not worth coding
 _COPY_SHARE = 0.8  # of the memory's bandwidth that streaming kernels reach
 _FIXED_S = 30e-6  # launches and the all-to-all's start, beyond one collective's latency
+# Of the rate of sockets between two H200, that an all-to-all reached: 0.66 (MS-EDEN) and 0.76 (nearest) at 256 MiB.
+_PAIR_SHARE = 0.7
 _CPU_S = 60e-9  # seconds an element that the reference codec takes on a CPU core
 _WORD = r"(?:^|[._])"
 _EXACT_NAMES = (
@@ -82,6 +89,8 @@ def levels(config: CommConfig, span: Span, what: str) -> tuple[int, int] | None:
     Raises ConfigError where the sizes that were asked for do not fit the group of `what`.
     """
     sizes = config.sizes
+    if sizes is None and config.error_feedback != "none":  # a sum coded inside belongs to no rank's error
+        return None
     if sizes is None:
         two = span.domains > 1 and span.inside > 1 and span.regular
         return (span.inside, span.domains) if two else None
@@ -96,6 +105,33 @@ def levels(config: CommConfig, span: Span, what: str) -> tuple[int, int] | None:
     return (inner, outer) if inner > 1 and outer > 1 else None
 
 
+def pair_gain(topology: Topology) -> float:
+    """Time of an all-to-all of two ranks of different domains over that of an all-gather; below 1 the latter loses."""
+    link = topology.across.gb_per_s
+    return (1 / _PAIR_SHARE) / (1 + 2 * link / (_COPY_SHARE * topology.gpu.bandwidth_gb_s))
+
+
+def pairs_of(
+    config: CommConfig, span: Span, two: tuple[int, int] | None, topology: Topology | None
+) -> tuple[Pairs, str]:  # fmt: skip
+    """How two ranks exchange a reduction's halves, and what to print of it; of more ranks the first is meaningless.
+
+    two   levels of the reduction, of which the outer one may be between two ranks
+    """
+    members = span.size if two is None else two[1]
+    if members != 2:
+        return "all_to_all", ""
+    if config.pairs != "auto":
+        return config.pairs, f"pairs: {config.pairs} asked for"
+    apart = topology is not None and span.domains == 2 and topology.gpu.family != "cpu"
+    if topology is None or not apart:
+        return "all_to_all", ""
+    faster, name = pair_gain(topology), topology.across.name
+    if faster > 1:
+        return "all_gather", f"all-gather of two ranks over {name}: {faster:.2f}x of an all-to-all"
+    return "all_to_all", f"all-to-all of two ranks over {name}: an all-gather is {faster:.2f}x of it"
+
+
 def gain(numel: int, wire: Wire, itemsize: int, span: Span, topology: Topology) -> float:
     """Expected time of a reduce-scatter in high precision over that of the coded one; below 1 coding loses."""
     n, b, c, size = float(numel), float(itemsize), wire.bytes_per_element, span.size
@@ -104,7 +140,8 @@ def gain(numel: int, wire: Wire, itemsize: int, span: Span, topology: Topology) 
     if gpu.family == "cpu":
         per_element = _CPU_S
     else:
-        per_element = (b + 2 * c + 4 / size) / (_COPY_SHARE * gpu.bandwidth_gb_s * 1e9)
+        own = c if (size, span.domains) == (2, 2) else 0.0  # an all-gather's copy
+        per_element = (b + 2 * c + own + 4 / size) / (_COPY_SHARE * gpu.bandwidth_gb_s * 1e9)
     if span.domains == 1:
         share, rate, latency = (size - 1) / size, inside.gb_per_s * 1e9, inside.latency_us * 1e-6
         exact = latency + n * b * share / rate
@@ -139,6 +176,7 @@ class Decision:
     gain        expected time before over after; None where no topology is known
     why         reasons for what stays exact
     levels      (ranks inside, groups of them) of a reduction on two levels
+    pairs       how its halves are exchanged where only two ranks do
     """
 
     direction: str
@@ -151,6 +189,7 @@ class Decision:
     gain: float | None
     why: str
     levels: tuple[int, int] | None = None
+    pairs: Pairs = "all_to_all"
 
     def row(self) -> tuple[str, ...]:
         """The cells of the table."""
@@ -241,5 +280,5 @@ def table(decisions: Iterable[Decision]) -> str:
 
 def digest(config: CommConfig, decisions: Iterable[Decision]) -> str:
     """16 hex digits of everything on which the ranks of a group must agree."""
-    text = repr((config, [(d.direction, d.place, d.wire, d.numel, d.coded) for d in decisions]))
+    text = repr((config, [(d.direction, d.place, d.wire, d.numel, d.coded, d.levels, d.pairs) for d in decisions]))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

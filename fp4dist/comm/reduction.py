@@ -17,15 +17,13 @@ from torch import Tensor
 
 from fp4dist.comm.canary import compare
 from fp4dist.comm.codec import Noise
-from fp4dist.comm.collectives import Op, all_reduce, reduce_scatter_parts
-from fp4dist.comm.collectives import _slices as slices_of
+from fp4dist.comm.collectives import Op, all_reduce, reduce_scatter_parts, slices_of
 from fp4dist.comm.compression import Compression
-from fp4dist.comm.exchange import Handle
+from fp4dist.comm.exchange import Handle, Options
 from fp4dist.comm.hierarchy import INNER
-from fp4dist.comm.levels import bytes_of_levels, reduce_scatter_levels
-from fp4dist.comm.parts import Parts, decode_parts, encode_parts
-from fp4dist.comm.policy import Decision, decide, levels, span_of, why_exact
-from fp4dist.errors import ConfigError
+from fp4dist.comm.levels import bytes_of_all_reduce, bytes_of_levels, reduce_scatter_levels
+from fp4dist.comm.parts import Parts, decode_parts, encode_parts, rooms
+from fp4dist.comm.policy import Decision, decide, levels, pairs_of, span_of, why_exact
 from fp4dist.spec.communication import CommConfig
 from fp4dist.spec.wire import FP32_WIRE, Wire
 
@@ -103,16 +101,14 @@ class Bucket:
         if decision.wire is None:
             return decision
         wire, rank, size = decision.wire, dist.get_rank(group), span.size
-        two = levels(compression.config, span, self.name) if halves == 1 else None
+        two = levels(compression.config, span, self.name)
         if two is not None:
             text = f"{two[0]} x {two[1]} ranks: {compression.config.inner.label()} inside; {decision.why}"
             decision = replace(decision, why=text.removesuffix("; "), levels=two)
-        elif halves == 2 and compression.config.sizes is not None:
-            raise ConfigError(
-                "comm.hierarchy: only reduce-scatters go on two levels, this engine all-reduces gradients"
-            )
+        pairs, told = pairs_of(compression.config, span, two, compression.topology)
+        decision = replace(decision, pairs=pairs, why="; ".join(filter(None, (told, decision.why))))
         if halves == 2:
-            after = self._reduced(wire, rank, size, itemsize)
+            after = self._reduced(wire, rank, size, itemsize, two, compression.config)
         else:
             after = self._scattered(wire, rank, size, two, compression.config)
         return replace(decision, after=after)
@@ -123,21 +119,27 @@ class Bucket:
         chunk = wire.chunk_of(max(stop - start for runs in coded for start, stop in runs))
         others = [k for k in range(size) if k != rank]
         if two is not None:
-            sizes = [[stop - start for start, stop in runs] for runs in coded]
-            return sum(bytes_of_levels(sizes, rank, two[0], config.inner, wire)) + sum(
-                config.exact_wire.bytes_of(length(exact[k])) for k in others
-            )
+            found, wide = 0, config.exact_wire
+            for runs, inner, outer in ((coded, config.inner, wire), (exact, wide, wide)):
+                sizes = [[stop - start for start, stop in own] for own in runs]
+                found += sum(bytes_of_levels(sizes, rank, two[0], inner, outer)) if any(sizes) else 0
+            return found
         codes = sum(wire.bytes_of(stop - start, chunk) for k in others for start, stop in coded[k])
         return codes + sum(config.exact_wire.bytes_of(length(exact[k])) for k in others)
 
-    def _reduced(self, wire: Wire, rank: int, size: int, itemsize: int) -> int:
+    def _reduced(
+        self, wire: Wire, rank: int, size: int, itemsize: int, two: tuple[int, int] | None, config: CommConfig
+    ) -> int:
         """Bytes that `rank` sends in an all-reduce; of its exact part what a ring sends."""
         n, rest = length(self.runs(coded=True)[0]), length(self.runs(coded=False)[0])
         slices = [t.numel() for t in slices_of(torch.empty(n, device="meta"), size)]
+        ring = 2 * itemsize * rest * (size - 1) // size
+        if two is not None:
+            return ring + bytes_of_all_reduce(slices, rank, two[0], config.inner, wire)
         chunk = wire.chunk_of(max(slices))
         own = wire.bytes_of(slices[rank], chunk)
         others = sum(wire.bytes_of(slices[k], chunk) for k in range(size) if k != rank)
-        return others + (size - 1) * own + 2 * itemsize * rest * (size - 1) // size
+        return others + (size - 1) * own + ring
 
 
 def cut(runs: Sequence[Run], into: Sequence[Run]) -> list[Run]:
@@ -199,6 +201,7 @@ class Reduction:
         )  # fmt: skip
         self._coded, self._exact = bucket.runs(coded=True), bucket.runs(coded=False)
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        self._options = Options(pairs=decision.pairs)
         self._step, self._calls = -1, 0
 
     @property
@@ -221,13 +224,12 @@ class Reduction:
             watch = self._exactly(parts, op, noise)
         if self.compression.feedback.on:
             parts = self._with_feedback(parts, wire, noise)
-        handle = self._start(mine, parts, wire, noise, op)
+        handle = self._start(mine, parts, self.compression.config.inner, wire, noise, op)
         rest = None
         if any(self._exact):
             exact = [views(flat, runs) for runs in self._exact]
-            rest = reduce_scatter_parts(
-                exact[self._rank], exact, self.compression.config.exact_wire, noise, self.group, op=op, async_op=True
-            )
+            wide = self.compression.config.exact_wire
+            rest = self._start(exact[self._rank], exact, wide, wide, noise, op)
 
         def finish() -> None:
             handle.wait()
@@ -259,13 +261,14 @@ class Reduction:
         if self.compression.feedback.on:
             slices = [[t] for t in slices_of(coded, self._size)]
             coded = torch.cat([t for tensors in self._with_feedback(slices, wire, noise) for t in tensors])
-        handle = all_reduce(coded, wire, noise, self.group, op=op, async_op=True)
+        handle = self._start_all(coded, wire, noise, op)
         short = taken(flat, self._exact[0])
         rest = dist.all_reduce(short, group=self.group, async_op=True) if short.numel() else None
 
         def finish() -> None:
             handle.wait()
-            self._book(coded=handle.bytes_sent)
+            inside = sum(level.sent for level in handle.traffic if level.level == INNER)
+            self._book(coded=handle.bytes_sent - inside, exact=inside)
             if watch is not None:
                 self._observe(coded, watch[0], watch[1], wire, mean=mean, cut=False)
             put(flat, runs, coded)
@@ -279,13 +282,21 @@ class Reduction:
         return _Finishing(finish)
 
     def _start(
-        self, out: Sequence[Tensor], parts: Sequence[Sequence[Tensor]], wire: Wire, noise: Noise, op: Op
+        self, out: Sequence[Tensor], parts: Sequence[Sequence[Tensor]], inner: Wire, wire: Wire, noise: Noise, op: Op
     ) -> Handle:
-        """Start the coded reduce-scatter, on one level or two."""
+        """Start a reduce-scatter on one level or two, of which the inner one has a wire of its own."""
+        how: dict[str, Any] = {"op": op, "async_op": True, "options": self._options}
         if self.decision.levels is None:
-            return reduce_scatter_parts(out, parts, wire, noise, self.group, op=op, async_op=True)
+            return reduce_scatter_parts(out, parts, wire, noise, self.group, **how)
         tree = self.compression.tree(self.group)
-        return reduce_scatter_levels(tree, out, parts, self.compression.config.inner, wire, noise, op=op, async_op=True)
+        return reduce_scatter_levels(tree, out, parts, inner, wire, noise, **how)
+
+    def _start_all(self, coded: Tensor, wire: Wire, noise: Noise, op: Op) -> Handle:
+        """Start the coded all-reduce, on one level or two."""
+        how: dict[str, Any] = {"op": op, "async_op": True, "options": self._options}
+        if self.decision.levels is None:
+            return all_reduce(coded, wire, noise, self.group, **how)
+        return self.compression.tree(self.group).all_reduce(coded, self.compression.config.inner, wire, noise, **how)
 
     def _noise(self) -> Noise:
         """Of this call: engines that reduce after every micro-batch call several times in a step."""
@@ -301,8 +312,9 @@ class Reduction:
     def _exactly(self, parts: Sequence[Sequence[Tensor]], op: Op, noise: Noise) -> tuple[Tensor, Tensor]:
         """(this rank's part of the exact reduction, what this rank has put in), fp32."""
         every = [tensor for tensors in parts for tensor in tensors]
-        outs = [torch.empty_like(tensor, dtype=torch.float32) for tensor in parts[self._rank]]
-        whole = [[tensor.float() for tensor in tensors] for tensors in parts]
+        outs = rooms([tensor.numel() for tensor in parts[self._rank]], every[0].device)
+        left = iter(rooms([tensor.numel() for tensor in every], every[0].device))
+        whole = [[next(left).copy_(tensor) for tensor in tensors] for tensors in parts]
         handle = reduce_scatter_parts(outs, whole, FP32_WIRE, noise, self.group, op=op)
         self._book(extra=handle.bytes_sent)
         return _side_by_side(outs, every[0]), _side_by_side(every, every[0]).clone()
@@ -320,8 +332,9 @@ class Reduction:
         stays = [len(parts) > 1 and k == self._rank for k, tensors in enumerate(parts) for _ in tensors]
         sizes = [tensor.numel() for tensor in every]
         errors = feedback.error(what, sum(sizes), every[0].device).split(sizes)
-        sent = [t.float() if own else t + e for t, e, own in zip(every, errors, stays, strict=True)]
-        seen = [torch.zeros_like(z) for z in sent]
+        sent, seen = rooms(sizes, every[0].device), rooms(sizes, every[0].device)
+        for z, t, e, own in zip(sent, every, errors, stays, strict=True):
+            z.copy_(t if own else t + e)
         chunk = wire.chunk_of(max(sizes))
         message = encode_parts(Parts.of(sent, wire, chunk), noise, dist.get_rank())
         decode_parts(Parts.of(seen, wire, chunk), message[None], noise, [dist.get_rank()])

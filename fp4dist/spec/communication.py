@@ -18,6 +18,7 @@ Feedback = Literal["none", "ef", "loco"]
 Name = Literal["auto", "bf16", "fp32", "nvfp4", "nvfp4_nearest", "nvfp4_stochastic", "mxfp4", "fp8", "int4"]
 # fmt: on
 Choice = Wire | Name | None
+Pairs = Literal["all_to_all", "all_gather"]
 
 NAMED: dict[str, Wire] = {
     "fp32": FP32_WIRE,
@@ -103,6 +104,8 @@ class CommConfig:
     hierarchy           ranks of each level, inner first, such as [4, 2]; auto: by topology, flat without one
     exact               how gradients beside coded ones are reduce-scattered; bf16: rounded, summed in fp32
     inner               wire of the inner level of two; sums are fp32 on both
+    pairs               how two ranks exchange the halves of a reduction: all_to_all, or all_gather, for which NCCL
+                        opens more connections; auto: by the topology's links, all_to_all without one
     min_numel           elements of a bucket from which on `auto` compresses it; auto: by the link's break-even
     error_feedback      of gradients: ef sends what the last message lost with the next one; loco a moving average of it
     guard               a bucket that leaves the canary's band travels in high precision from the next step on
@@ -121,6 +124,7 @@ class CommConfig:
     hierarchy: tuple[int, ...] | Literal["auto"] = "auto"
     exact: Literal["fp32", "bf16"] = "fp32"
     inner: Wire = BF16_WIRE
+    pairs: Pairs | Literal["auto"] = "auto"
     min_numel: int | Literal["auto"] = "auto"
     error_feedback: Feedback = "none"
     loco: Loco = Loco()

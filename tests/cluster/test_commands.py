@@ -86,6 +86,7 @@ def test_plan_writes_a_run_that_loads(tmp_path: Path, capsys: pytest.CaptureFixt
     assert config.model.name == "llama3_8b"
     assert config.train.global_batch_size == 64
     assert config.recipe.name == "nvidia_nvfp4"
+    assert config.comm is None, "no gradient leaves its NVLink domain"
     for name in ("timeline.svg", "timeline.png", "racks.svg", "racks.png"):
         assert (tmp_path / name).stat().st_size > 1000
 
@@ -124,12 +125,29 @@ def test_why_not_names_the_cause(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tp8 mbs1: +" in capsys.readouterr().out
 
 
+def test_gradients_are_written_as_codes_where_that_gains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On 80 domains a step has few micro-batches to hide sums under: the run file asks for codes unless told not."""
+    path = tmp_path / "run.yaml"
+    words = "plan --model llama3_405b --topology gb200_nvl72 --gpus 5120 --gbs 1280 --fix tp=4,pp=8,vpp=8,cp=2,ep=1"
+    assert main([*words.split(), "--recipe", "nvidia_nvfp4", "--write", str(path)]) == 0
+    assert "--write puts comm: {grad_reduce: auto, topology: gb200_nvl72} into the run file" in capsys.readouterr().out
+    comm = load_run(path).comm
+    assert comm is not None
+    assert (comm.grad_reduce, comm.topology) == ("auto", "gb200_nvl72")
+    assert "less with comm:" in path.read_text()
+    for more in (["nvidia_nvfp4", "--comm", "none"], ["bf16"]):
+        assert main([*words.split(), "--write", str(path), "--recipe", *more]) == 0
+        assert load_run(path).comm is None
+
+
 def test_405b_on_eight_racks_keeps_copies_inside(tmp_path: Path) -> None:
     """Data parallel across racks, everything else inside: the layout of the published jobs, found and written."""
     path = tmp_path / "run.yaml"
     words = "plan --model llama3_405b --topology gb200_nvl72 --gpus 512 --recipe nvidia_nvfp4 --gbs 1152 --seq 8192"
     assert main([*words.split(), "--write", str(path)]) == 0
-    parallel = load_run(path).parallel
+    config = load_run(path)
+    assert config.comm is None, "codes would save too little"
+    parallel = config.parallel
     assert parallel.tp * parallel.pp * parallel.cp <= 64
     assert parallel.order == "tp-cp-ep-pp-dp"
 

@@ -19,9 +19,11 @@ from fp4dist.comm.collectives import (
     reduce_scatter,
     reduce_scatter_parts,
     send,
+    slices_of,
 )
 from fp4dist.comm.exchange import Handle, Options
 from fp4dist.comm.hierarchy import GroupTree
+from fp4dist.comm.levels import bytes_of_all_reduce, bytes_of_levels, reduce_scatter_levels
 from fp4dist.errors import WireError
 from fp4dist.spec.wire import BF16_WIRE, FP32_WIRE, Wire
 from tests.comm.bits import check_all
@@ -241,7 +243,7 @@ def two_levels(tree: GroupTree, per_rack: int) -> None:
         (fp8, Wire(rounding="stochastic"), fp8.nmse * (per_rack - 1) / per_rack + 0.0235 * (racks - 1) / racks),
         (Wire(), Wire(), Wire().nmse * ((per_rack - 1) / per_rack + (racks - 1) / racks)),
     ):
-        for options in (Options(), Options(pieces=2)):
+        for options in (Options(), Options(pieces=2, pairs="all_gather")):
             out = torch.empty(n)
             handle = counted(tree.reduce_scatter(out, every[r], inner, outer, NOISE, options=options))
             squares = torch.stack(((out - exact[r * n : (r + 1) * n]).square().sum(), exact.square().sum() / world))
@@ -255,11 +257,33 @@ def two_levels(tree: GroupTree, per_rack: int) -> None:
             counted(tree.all_gather(gathered, every[r][:n].contiguous(), inner, outer, NOISE, options=options))
             assert identical(gathered)
             assert nmse(gathered.view(world, n), every[:, :n]) < 0.026
-            y = every[r].clone()
-            counted(tree.all_reduce(y, inner, outer, NOISE, options=options))
-            assert identical(y)
-            assert nmse(y, exact) < 0.06
+            for short in (0, 1900, world * n - 5):  # elements that are missing: slices are uneven, the last ones empty
+                y = every[r][short:].clone()
+                handle = counted(tree.all_reduce(y, inner, outer, NOISE, options=options))
+                assert identical(y)
+                assert nmse(y, exact[short:]) < 0.06
+                sizes = [t.numel() for t in slices_of(y, world)]
+                assert handle.bytes_sent == bytes_of_all_reduce(sizes, r, per_rack, inner, outer)
+            by_rank = [[part[:700], part[700:]] for part in every[r].split(n)]
+            runs = [torch.empty(700), torch.empty(n - 700)]
+            handle = reduce_scatter_levels(tree, runs, by_rank, inner, outer, NOISE, op="mean", options=options)
+            squares = torch.stack(((torch.cat(runs) - exact[r * n : (r + 1) * n]).square().sum(), exact.square().sum()))
+            dist.all_reduce(squares[:1])
+            assert float(squares[0] / squares[1]) == pytest.approx(error, rel=0.12, abs=1e-5)
+            two = bytes_of_levels([[700, n - 700]] * world, r, per_rack, inner, outer)
+            assert [t.sent for t in counted(handle).traffic] == list(two)
     unbiased_in_two_stages(tree, per_rack)
+    pieces_change_no_bit(tree)
+
+
+def pieces_change_no_bit(tree: GroupTree) -> None:
+    """Slices long enough to be cut, through both levels and back."""
+    every, found = inputs(1, 40_000 * dist.get_world_size(), seed=dist.get_rank())[0], []
+    for pieces in (1, 3):
+        y, options = every.clone(), Options(pieces=pieces, pairs="all_gather")
+        counted(tree.all_reduce(y, BF16_WIRE, NEAREST, NOISE, options=options))
+        found.append(y)
+    assert torch.equal(*found)
 
 
 def unbiased_in_two_stages(tree: GroupTree, per_rack: int) -> None:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fp4dist.comm.codec import Noise, decode, encode, roundtrip
+from fp4dist.comm.parts import rooms
 from fp4dist.errors import WireError
+from fp4dist.kernels.triton.wire import UNIT
 from fp4dist.numerics import quantize, rng
 from fp4dist.numerics.tensor import Key
 from fp4dist.spec.build import build
@@ -207,3 +209,16 @@ def test_a_name_stands_for_its_usual_wire() -> None:
     assert build(Wire, "bf16") == Wire(kind="bf16", rounding="nearest", rotation=0)
     assert build(Wire, "fp8").unbiased
     assert Wire().bytes_per_element == 0.5625 + 16 / 4096
+
+
+def test_rooms_lie_alike_in_every_call() -> None:
+    """Tables on a GPU are kept by where parts lie to each other: fresh buffers of a step must not miss them."""
+    found = []
+    for _ in range(2):
+        some = rooms([5, 0, 130, 4096], torch.device("cpu"))
+        for i, room in enumerate(some):
+            room.fill_(i)
+        assert [room.tolist() for room in some] == [[float(i)] * n for i, n in enumerate((5, 0, 130, 4096))]
+        found.append([room.storage_offset() for room in some])
+    assert found[0] == found[1]
+    assert all(offset % UNIT == 0 for offset in found[0])

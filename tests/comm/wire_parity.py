@@ -15,7 +15,6 @@ from torch import Tensor
 from fp4dist.comm import codec as c
 from fp4dist.comm import parts as p
 from fp4dist.comm.codec import Noise
-from fp4dist.kernels.triton import wire as kernels
 from fp4dist.spec.wire import Wire
 
 NOISE = Noise(seed=3_000_000_000, step=12, bucket=4_000_000_000, stage=2)
@@ -128,7 +127,7 @@ def run_encode(parts: p.Parts, rank: int) -> Tensor:
     out = torch.empty(parts.bytes, dtype=torch.uint8, device=base.device)
     shared, sign_rank = p._shared(parts, NOISE, rank, 3), NOISE.sign_rank(parts.wire, rank)
     for table, aligned in p._tables(parts.sizes, offsets, None, parts.chunk, parts.first, runs, True, base.device):
-        kernels.encode(base, table, out.view(-1, parts.unit), shared, sign_rank, aligned)
+        p.wire_kernels(base.device).encode(base, table, out.view(-1, parts.unit), shared, sign_rank, aligned)
     return out
 
 

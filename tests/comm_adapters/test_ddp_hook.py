@@ -33,9 +33,10 @@ class Model(nn.Module):
         return self.lm_head(self.down(self.norm(torch.relu(self.up(self.embed_tokens(x))))))
 
 
-def train(comm: CommConfig | None) -> dict[str, Any]:
+def train(comm: CommConfig | None, steps: int = STEPS) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = Model()
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    model = Model().to(device)
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.2)  # type: ignore[arg-type]
     hook = ddp_hook(ddp, comm, seed=5) if comm is not None else None
     if hook is not None:
@@ -43,10 +44,11 @@ def train(comm: CommConfig | None) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(dist.get_rank())
     losses = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         x = torch.randint(0, 64, (64,), generator=generator)
         chance = torch.randint(0, 64, (64,), generator=generator)
-        loss = nn.functional.cross_entropy(ddp(x), torch.where(chance % 2 == 0, (x + 3) % 64, chance))
+        target = torch.where(chance % 2 == 0, (x + 3) % 64, chance).to(device)
+        loss = nn.functional.cross_entropy(ddp(x.to(device)), target)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -84,3 +86,17 @@ def test_a_model_learns_as_with_exact_gradients() -> None:
     (finding, *_) = coded["findings"]
     assert finding.cosine > 0.98
     assert finding.one_shot == pytest.approx(1.5 * 9.3e-3, rel=0.3)  # half of the first coding, all of the second
+
+
+def train_on_levels() -> dict[str, Any]:
+    return train(CommConfig(grad_reduce="nvfp4", canary=Canary(every=1), hierarchy=(2, 2)), steps=6)
+
+
+def test_two_levels_of_four_ranks() -> None:
+    found = run_ranks(train_on_levels, 4)
+    for rank in found:
+        assert all(torch.equal(a, b) for a, b in zip(rank["weights"], found[0]["weights"], strict=True))
+        assert rank["account"].coded + rank["account"].exact == rank["announced"]
+        assert "2 x 2 ranks: bf16 inside" in rank["table"]
+    (finding, *_) = found[0]["findings"]
+    assert finding.cosine > 0.98

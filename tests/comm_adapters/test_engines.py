@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from fp4dist.comm.compression import Compression, same_bits
 from fp4dist.comm.policy import SMALL
+from fp4dist.comm.trace import Seen, Trace, judge, profiled
 from fp4dist.errors import EnvironmentMismatch, WireError
 from fp4dist.spec.communication import Band, Canary, CommConfig
 from fp4dist.train import communication, engine_megatron
@@ -94,7 +95,11 @@ def assert_learns_as(results: list[dict[str, Any]], names: dict[str, str]) -> No
 
 def test_gradients_on_two_ranks_of_both_engines(folder: str) -> None:
     cases: dict[str, tuple[str, ...]] = {"exact": ()}
-    cases |= {"mseden": (MSEDEN,), "rtn": (RTN,), "ef": ("comm.grad_reduce=int4", "comm.error_feedback=ef")}
+    cases |= {
+        "mseden": (MSEDEN,),
+        "rtn": (RTN, "comm.pairs=all_gather"),
+        "ef": ("comm.grad_reduce=int4", "comm.error_feedback=ef"),
+    }
     cases |= {name: (*engine, MSEDEN) for name, engine in ZERO.items()}
     cases["bf16"] = ("train.dtype=bf16", "engine.overlap=false", MSEDEN)
     cases["zero1_bf16"] = (*ZERO["zero1"], "train.dtype=bf16", MSEDEN)  # another optimizer class of DeepSpeed's
@@ -169,8 +174,11 @@ def weights_of_all_ranks(folder: str) -> tuple[bool, list[float]]:
     return all(same), distances
 
 
-def collectives_of_a_step(folder: str) -> tuple[list[tuple[str, str, int]], int]:
-    """(name, dtype, elements of the input) of every torch.distributed call of the last step; bytes it announced."""
+def collectives_of_a_step(folder: str) -> tuple[list[tuple[str, str, int]], int, list[list[str]]]:
+    """(name, dtype, elements of the input) of every torch.distributed call of the last step; bytes it announced; what a
+    trace of it says against it, as it is, and with a compressed bucket that is summed as well, or is not sent.
+    """
+    traces: list[tuple[Trace, Any]] = []
     seen: list[tuple[str, str, int]] = []
 
     def spy(name: str, real: Any, place: int) -> Any:
@@ -186,7 +194,12 @@ def collectives_of_a_step(folder: str) -> tuple[list[tuple[str, str, int]], int]
 
     def step(engine: Any, number: int, batches: Any) -> Any:
         seen.clear()
-        return real_step(engine, number, batches)
+        if number < 6:
+            return real_step(engine, number, batches)
+        with profiled() as trace:
+            result = real_step(engine, number, batches)
+        traces.append((trace, result.traffic))
+        return result
 
     names = {
         "all_reduce": 0,
@@ -200,7 +213,13 @@ def collectives_of_a_step(folder: str) -> tuple[list[tuple[str, str, int]], int]
             patch.setattr(dist, name, spy(name, getattr(dist, name), place))
         patch.setattr(MegatronEngine, "train_step", step)
         run_without_picture(tiny_run(Path(folder), MSEDEN, "comm.canary.every=0", "train.eval_every=0", name="spied"))
-    return seen, sum(d.after for d in compressions[0].decisions)
+    ((trace, traffic),), decisions = traces, compressions[0].decisions
+    calls = trace.collectives
+    twice = [*calls, Seen("reduce_scatter_", "", decisions[0].numel)]
+    unsent = [call for call in calls if call.dtype != "unsigned char"]
+    booked, ranks = traffic.accounts["grad_reduce"], dist.get_world_size()
+    told = [judge(found, decisions, booked, ranks) for found in (calls, twice, unsent)]
+    return seen, sum(d.after for d in decisions), told
 
 
 def guarded(folder: str) -> dict[str, Any]:
@@ -250,7 +269,10 @@ def test_the_proof_while_running(folder: str) -> None:
         assert same, "all ranks hold the same bits after every update"
         assert distances[-1] < 1.5 * max(distances[2:6]), "what rounding loses does not add up"
         assert 0 < distances[-1] < 3e-3
-        seen, announced = found["collectives"]
+        seen, announced, (nothing, twice, unsent) = found["collectives"]
+        assert nothing == []
+        assert any("reduced in high precision" in fault for fault in twice)
+        assert any("no codes in the trace" in fault for fault in unsent)
         assert not [call for call in seen if "reduce_scatter" in call[0] or call[0] == "reduce"], (
             "gradients travel once"
         )
@@ -273,6 +295,8 @@ def test_two_levels_pipeline_and_data_on_four_ranks(folder: str) -> None:
         "exact": one,
         "levels": (*one, MSEDEN, "comm.hierarchy=[2,2]"),
         "levels_zero1": (*one, *ZERO["zero1"], MSEDEN, "comm.hierarchy=[2,2]"),
+        "levels_zero0": (*one, *ZERO["zero0"], MSEDEN, "comm.hierarchy=[2,2]"),
+        "levels_zero2": (*one, *ZERO["zero2"], MSEDEN, "comm.hierarchy=[2,2]"),
         "dp_pp": (MSEDEN, "parallel.pp=2", "comm.pp_forward=nvfp4", "comm.pp_backward=nvfp4"),
         "dp_sp": (*SP, MSEDEN, "comm.sp_reduce_scatter=fp8", "comm.param_gather=nvfp4_nearest"),
     }
@@ -280,7 +304,7 @@ def test_two_levels_pipeline_and_data_on_four_ranks(folder: str) -> None:
     results = run_ranks(train_all, 4, folder, cases, timeout=300)
     assert_learns_as(results, dict.fromkeys([name for name in cases if name != "exact"], "exact"))
     for found in results:
-        for name in ("levels", "levels_zero1"):
+        for name in ("levels", "levels_zero0", "levels_zero1", "levels_zero2"):
             assert found[name][2] == STEPS * found[name][1] > 0
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from fp4dist.cluster.topology import load_topology
-from fp4dist.comm.policy import Span, break_even, decide, digest, gain, levels, span_of, table, why_exact
+from fp4dist.comm.policy import Span, break_even, decide, digest, gain, levels, pairs_of, span_of, table, why_exact
 from fp4dist.comm.reduction import Bucket, Segment, cut, joined
 from fp4dist.errors import ConfigError
 from fp4dist.spec.build import build, plain
@@ -139,9 +140,27 @@ def test_groups_over_several_domains_reduce_on_two_levels() -> None:
     assert not span_of([0, 1, 2, 8], topology).regular
     assert levels(CommConfig(), Span(8, 2), "x") == (8, 2)
     assert levels(CommConfig(), Span(8, 1), "x") is None
+    assert levels(CommConfig(grad_reduce="int4", error_feedback="ef"), Span(8, 2), "x") is None
     assert levels(CommConfig(hierarchy=(2, 4)), Span(8, 1), "x") == (2, 4)
     with pytest.raises(ConfigError, match=r"hierarchy = \[3, 2\]: x has 8 ranks"):
         levels(CommConfig(hierarchy=(3, 2)), Span(8, 1), "x")
+
+
+def test_two_ranks_over_a_network_exchange_by_an_all_gather() -> None:
+    """Where the connections that it gains outweigh the copy of the own half: on every network that is shipped."""
+    hgx, auto = load_topology("h100_hgx"), CommConfig()
+    way, told = pairs_of(auto, Span(1, 2), None, hgx)
+    assert way == "all_gather"
+    assert told == "all-gather of two ranks over NDR400: 1.38x of an all-to-all"
+    fast = dataclasses.replace(hgx, across=dataclasses.replace(hgx.across, gb_per_s=900.0))
+    assert pairs_of(auto, Span(1, 2), None, fast) == (
+        "all_to_all", "all-to-all of two ranks over NDR400: an all-gather is 0.85x of it",
+    )  # fmt: skip
+    for span, two in ((Span(2, 1), None), (Span(1, 3), None), (Span(2, 2), None), (Span(4, 3), (4, 3))):
+        assert pairs_of(auto, span, two, hgx) == ("all_to_all", "")
+    assert pairs_of(auto, Span(8, 2), (8, 2), hgx)[0] == "all_gather"  # the outer level is between two ranks
+    assert pairs_of(auto, Span(1, 2), None, load_topology("cpu"))[0] == "all_to_all"
+    assert pairs_of(CommConfig(pairs="all_gather"), Span(2, 1), None, None)[0] == "all_gather"
 
 
 def test_a_bucket_is_cut_by_owner_and_segment() -> None:
