@@ -40,6 +40,11 @@ def local_world_size() -> int:
     return _integer("LOCAL_WORLD_SIZE", _integer("LOCAL_SIZE", world_size()))
 
 
+def visible_gpus(count: int) -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES of each of the `count` GPUs that this process sees, for programs that get one."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+
+
 def cores() -> int:
     """CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

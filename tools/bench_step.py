@@ -28,7 +28,7 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,14 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from job_runs import batches_of, has_data
+
 from fp4dist.errors import Fp4DistError
 from fp4dist.megatron.sites import flops_per_token
 from fp4dist.megatron.upstream import parallel_state
 from fp4dist.spec.load import load_run
 from fp4dist.spec.run import RunConfig
-from fp4dist.train import data, loop
+from fp4dist.train import loop
 from fp4dist.train.packages import versions
 from fp4dist.train.world import World, open_world
 
@@ -78,6 +80,7 @@ class Result:
     fp4_share: float | None = None
     optimizer: str | None = None
     graphs: str | None = None  # whether micro-batches were replayed as CUDA graphs
+    handed: dict[str, int] = field(default_factory=dict)  # slot -> operands that brought their amax, unreplayed
     host_seconds: float | None = None  # median, until forward and backward were launched
     profile: dict[str, Any] | None = None
 
@@ -174,7 +177,7 @@ def _measure(config: RunConfig, world: World, args: argparse.Namespace, result: 
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(world.device)
-    batches = _batches(config)
+    batches = batches_of(config, world)
     engine, applied = loop.build_engine(config, world)
     result.optimizer = engine.optimizer_name
 
@@ -202,6 +205,7 @@ def _measure(config: RunConfig, world: World, args: argparse.Namespace, result: 
     result.tokens_per_s = tokens / result.median_seconds
     result.mfu = result.tokens_per_s * flops_per_token(config.model) / (args.peak * 1e12) if on_gpu else None
     result.peak_bytes = torch.cuda.max_memory_allocated(world.device) if on_gpu else None
+    result.handed = applied.counts()["handed"]
     result.fp4_share = applied.to_json()["fp4_share_of_block_linear_flops"]
     if args.profile:
         result.profile = _profile(lambda: step(config.train.steps), on_gpu, args.top)
@@ -217,33 +221,6 @@ def _on_device(step: Callable[[int], float], numbers: range) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) * 1e-3 for begin, end in itertools.pairwise(ends)]
-
-
-def _has_data(config: RunConfig) -> bool:
-    prefixes = [entry for entry in config.data.train if not entry.replace(".", "", 1).isdigit()]
-    return config.data.prepare is not None or all(Path(f"{prefix}.bin").is_file() for prefix in prefixes)
-
-
-def _batches(config: RunConfig) -> Iterator[data.Batch]:
-    """The run's own micro-batches, or random ones."""
-    if not _has_data(config):
-        return _random_batches(config)
-    data.ensure_prepared(config)
-    data.check_token_files(config)
-    return data.train_iterator(data.build_datasets(config, 1), config, dp_rank=0, dp_size=1)
-
-
-def _random_batches(config: RunConfig) -> Iterator[data.Batch]:
-    """Tokens of frequency proportional to 1 / rank, the same in every case."""
-    shape = (config.train.micro_batch_size, config.model.seq_length + 1)
-    generator = torch.Generator().manual_seed(config.run.seed)
-    frequency = 1.0 / torch.arange(1, config.model.vocab_size + 1)
-    positions = torch.arange(shape[1] - 1).expand(shape[0], -1).contiguous()
-    while True:
-        text = torch.multinomial(frequency, shape[0] * shape[1], replacement=True, generator=generator).view(shape)
-        yield data.Batch(
-            text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.ones_like(positions).float(), positions
-        )
 
 
 def _profile(step: Any, on_gpu: bool, top: int) -> dict[str, Any]:
@@ -316,6 +293,7 @@ def _line(r: Result) -> str:
     text += f"  {r.ratio:.3f}x bf16" if r.ratio is not None and r.recipe != "bf16" else ""
     text += f"  host {r.host_seconds * 1e3:.0f} ms" if r.host_seconds is not None else ""
     text += f"  {r.graphs.partition(' (')[0]}" if r.graphs is not None else ""
+    text += f"  amax handed over: {', '.join(r.handed)}" if r.handed else ""
     text += f"  loss {r.losses[0]:.4f} -> {r.losses[-1]:.4f}"
     return "\n".join([text, *_profile_lines(r.profile)]) if r.profile else text
 
@@ -347,7 +325,7 @@ def _write(results: list[Result], config: RunConfig, args: argparse.Namespace) -
         "model": dataclasses.asdict(config.model),
         "tokens_a_step": config.train.global_batch_size * config.model.seq_length,
         "flops_per_token": flops_per_token(config.model),
-        "data": list(config.data.train) if _has_data(config) else "random tokens",
+        "data": list(config.data.train) if has_data(config) else "random tokens",
         "results": [asdict(r) for r in results],
     }
     (args.out / "bench_step.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
