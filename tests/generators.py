@@ -21,6 +21,12 @@ SPECS: dict[str, dict] = {
     "nvfp4_46_mae": {"format": "nvfp4", "scale": {"kind": "four_over_six", "metric": "mae"}},
     "nvfp4_46_absmax": {"format": "nvfp4", "scale": {"kind": "four_over_six", "metric": "absmax"}},
     "nvfp4_46_16x16": {"format": "nvfp4", "block": [16, 16], "scale": "four_over_six"},
+    "nvfp4_best": {"format": "nvfp4", "scale": {"kind": "best_of", "also": ["3/2", "15/16", "17/16"]}},
+    "nvfp4_best_16x16": {
+        "format": "nvfp4",
+        "block": [16, 16],
+        "scale": {"kind": "best_of", "also": ["5/4"], "metric": "mae"},
+    },
     "nvfp4_sr": {"format": "nvfp4", "rounding": "stochastic", "scale": {"kind": "absmax", "headroom": "17/16"}},
     "nvfp4_sr_clips": {"format": "nvfp4", "rounding": "stochastic", "allow_bias": True},
     "nvfp4_46_sr": {
@@ -30,6 +36,11 @@ SPECS: dict[str, dict] = {
         "allow_bias": True,
     },
     "eden": {"format": "nvfp4", "rounding": "eden", "rotation": {"size": 128, "signs": "fresh"}},
+    "eden_46": {
+        "format": "nvfp4",
+        "rounding": {"kind": "eden", "four_over_six": "mse"},
+        "rotation": {"size": 128, "signs": "fresh"},
+    },
     "eden_pre": {
         "format": "nvfp4",
         "rounding": {"kind": "eden", "align": "pre"},

@@ -204,10 +204,12 @@ def _point(plan: _Plan, first: Tensor, second: Tensor) -> None:
 def _alpha(one: Tensor, scale_a: Tensor | None, scale_b: Tensor | None, rotation: int) -> Tensor:
     """[] fp32 scale of A * scale of B / rotation, in one kernel at most."""
     if rotation == 1 and (scale_a is None or scale_b is None):
-        return next((scale for scale in (scale_a, scale_b) if scale is not None), one)
-    zero = constant(one.device.index, 0.0)
-    left, right = (one if scale is None else scale for scale in (scale_a, scale_b))
-    return torch.addcmul(zero, left, right, value=1.0 / rotation)
+        given = scale_b if scale_a is None else scale_a
+        return one if given is None else given
+    left, right = one if scale_a is None else scale_a, one if scale_b is None else scale_b
+    if rotation == 1:
+        return torch.mul(left, right)
+    return torch.addcmul(constant(one.device.index, 0.0), left, right, value=1.0 / rotation)
 
 
 @cache

@@ -18,7 +18,7 @@ from fp4dist.megatron.gather_layout import Extent, GatherLayout, Piece
 from fp4dist.nn.plan import LinearPlan
 from fp4dist.nn.sites import Fp4Module
 from fp4dist.numerics.tensor import BlockScaledTensor
-from fp4dist.spec.blocks import AbsMax, Ceil, Floor, FourOverSix, Nearest
+from fp4dist.spec.blocks import AbsMax, BestOf, Ceil, Floor, FourOverSix, Nearest
 from fp4dist.spec.estimators import Straight
 from fp4dist.spec.recipe import LinearRecipe, QuantSpec
 from fp4dist.spec.splits import Channels, HotResidual
@@ -52,7 +52,7 @@ def why_whole(recipe: LinearRecipe) -> str | None:
 
 def _is_blockwise(spec: QuantSpec) -> bool:
     """Whether a rank that holds a block and the logical amax can encode that block, into half bytes and one byte."""
-    return spec.joins and isinstance(spec.rule, AbsMax | FourOverSix | Floor | Ceil)
+    return spec.joins and isinstance(spec.rule, AbsMax | FourOverSix | BestOf | Floor | Ceil)
 
 
 @dataclass(slots=True)

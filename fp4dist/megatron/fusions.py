@@ -7,7 +7,8 @@ the activations' dtype, so in bf16 both agree within that rounding; in fp32 with
 
 `choose` decides once, when a model is built, and the decision is logged: `train.fusions: auto` means all of them on a
 GPU where torch.compile works and `train.deterministic` is off, else none. SwiGLU's fusion is Megatron's own
-(`bias_activation_fusion`) and follows the same decision.
+(`bias_activation_fusion`) and follows the same decision. `train.fusions: amax` is `auto` with norms and SwiGLU that
+hand an amax over (`fp4dist.megatron.producers`); that has not been timed yet.
 
 S sequence, B micro-batch, H query heads, G key/value groups, D width of a head, T = S * B tokens, V vocabulary of one
 rank.
@@ -44,11 +45,12 @@ class Fusions:
     rope: bool = False
     swiglu: bool = False
     loss: bool = False
+    amax: bool = False  # norm and SwiGLU hand their results' amax over to quantizers (`fp4dist.megatron.producers`)
     reason: str = ""
 
     def describe(self) -> str:
         """For the log and layers.json."""
-        on = [name for name in ("norm", "rope", "swiglu", "loss") if getattr(self, name)]
+        on = [name for name in ("norm", "rope", "swiglu", "loss", "amax") if getattr(self, name)]
         return f"{', '.join(on) or 'none'}{f' ({self.reason})' if self.reason else ''}"
 
 
@@ -69,7 +71,7 @@ def choose(config: RunConfig) -> Fusions:
     parallel = config.parallel
     rope = not config.model.qk_norm and config.model.query_groups >= parallel.tp  # else more lies between
     why = "" if rope else "RoPE's not under qk_norm, nor with fewer key/value groups than tensor-parallel ranks"
-    return Fusions(norm=True, rope=rope, swiglu=True, loss=True, reason=why)
+    return Fusions(norm=True, rope=rope, swiglu=True, loss=True, amax=config.train.fusions == "amax", reason=why)
 
 
 @cache
@@ -94,7 +96,7 @@ def _compiled(function: Function) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _run(function: Function, tensor: Tensor, *more: Any) -> Any:
+def run_fused(function: Function, tensor: Tensor, *more: Any) -> Any:
     """function(tensor, ...), compiled if the tensor is on a GPU."""
     return (_compiled(function) if tensor.is_cuda else function)(tensor, *more)
 
@@ -125,7 +127,7 @@ class _RmsNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x_TI = x.reshape(-1, x.shape[-1])
-        y_TI, rstd = _run(rms_norm, x_TI, weight, eps)
+        y_TI, rstd = run_fused(rms_norm, x_TI, weight, eps)
         ctx.save_for_backward(x_TI, weight, rstd)
         ctx.set_materialize_grads(False)
         return y_TI.view(x.shape), x
@@ -137,7 +139,7 @@ class _RmsNormFunction(torch.autograd.Function):
         if dy is None:
             return residual, None, None
         residual = residual.reshape(x_TI.shape) if residual is not None else None
-        dx, dw = _run(rms_norm_backward, dy.reshape(x_TI.shape), x_TI, weight, rstd, residual)
+        dx, dw = run_fused(rms_norm_backward, dy.reshape(x_TI.shape), x_TI, weight, rstd, residual)
         return dx.view(dy.shape), dw, None
 
 
@@ -199,13 +201,13 @@ class _RotateFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_SBGX: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         ctx.save_for_backward(cos_SD, sin_SD)
-        query, key = _run(rotate, qkv_SBGX, cos_SD, sin_SD)
+        query, key = run_fused(rotate, qkv_SBGX, cos_SD, sin_SD)
         return query, key, qkv_SBGX[..., -cos_SD.shape[-1] :]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _run(rotate_backward, dq, dk, dv, *ctx.saved_tensors), None, None
+        return run_fused(rotate_backward, dq, dk, dv, *ctx.saved_tensors), None, None
 
 
 class FusedRopeAttention(SelfAttention):
@@ -279,7 +281,7 @@ class _LossFunction(torch.autograd.Function):
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, group: Any) -> Tensor:  # type: ignore[override]
         size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
         first = logits_TV.shape[1] * rank
-        total, picked = _run(token_loss, logits_TV, labels_T, first)
+        total, picked = run_fused(token_loss, logits_TV, labels_T, first)
         if size > 1:
             largest = total.clone()
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
@@ -293,7 +295,7 @@ class _LossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_T: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _run(token_loss_backward, *ctx.saved_tensors, dy_T, ctx.first), None, None
+        return run_fused(token_loss_backward, *ctx.saved_tensors, dy_T, ctx.first), None, None
 
 
 def fused_loss(logits_SBV: Tensor, labels_BS: Tensor, group: Any) -> Tensor:

@@ -20,6 +20,7 @@ from fp4dist.megatron.attention import core_attention
 from fp4dist.megatron.fusions import FusedResidualRMSNorm, FusedRMSNorm, FusedRopeAttention, Fusions, fused_loss
 from fp4dist.megatron.initialize import initialize_weights, keep_values
 from fp4dist.megatron.norm import Norm
+from fp4dist.megatron.producers import HandingResidualRMSNorm, HandingRMSNorm, take_over_mlps
 from fp4dist.megatron.recompute import keep_clock_on_replay
 from fp4dist.megatron.upstream import (
     MEGATRON_VERSION,
@@ -85,12 +86,15 @@ class Fp4SpecProvider(BackendSpecProvider):
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         """RMSNorm or LayerNorm, whatever the config says; `has_residual` came with 0.17."""
-        return FusedRMSNorm if self.fused.norm and rms_norm else Norm
+        if not (self.fused.norm and rms_norm):
+            return Norm
+        return HandingRMSNorm if self.fused.amax and not for_qk else FusedRMSNorm
 
     def residual_norm(self) -> type:
         """The norm at the beginning of a residual branch."""
-        takes_pairs = MEGATRON_VERSION >= (0, 17)
-        return FusedResidualRMSNorm if self.fused.norm and takes_pairs else self.layer_norm(rms_norm=True)
+        if not self.fused.norm or MEGATRON_VERSION < (0, 17):
+            return self.layer_norm(rms_norm=True)
+        return HandingResidualRMSNorm if self.fused.amax else FusedResidualRMSNorm
 
     def self_attention(self) -> type:
         """The module around core attention; Megatron's builders do not ask for it."""
@@ -388,6 +392,8 @@ def build_gpt(
         rotary_base=config.model.rope_base,
         vp_stage=vp_stage,
     )
+    if fused.amax:
+        take_over_mlps(model)
     initialize_weights(model, config)
     for name, parameter in model.named_parameters():
         # gradient norms and DeepSpeed ask every parameter whether it is sharded

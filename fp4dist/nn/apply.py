@@ -24,6 +24,7 @@ from fp4dist.nn.linear import Fp4Conv1D, Fp4Linear, convert, is_conv1d, revert
 from fp4dist.nn.phases import Phases, describe, names
 from fp4dist.nn.plan import FP4, HIGH, SIDE, LinearPlan, Tally, resolve_kernels
 from fp4dist.nn.raising import raised
+from fp4dist.nn.reasons import remarks, why_not_cuda
 from fp4dist.nn.report import LinearRow, fp4_share, table_json, table_text
 from fp4dist.nn.sites import Fp4Module, LinearSite, check_numbers, experts_of, find_linears, named_modules
 from fp4dist.spec.load import load_recipe
@@ -152,9 +153,11 @@ class AppliedRecipe:
         self.load_exactness(state)
 
     def load_exactness(self, state: Mapping[str, Any]) -> None:
-        """Take from `state_dict`'s state only which GEMMs have left FP8 carriers: no part of a recipe."""
-        if self.exactness is not None and state.get("exactness") is not None:
-            self.exactness.load_state_dict(state["exactness"])
+        """Take from `state_dict`'s state only which GEMMs have left their FP8 carriers: no part of a recipe. None has
+        where it says nothing.
+        """
+        if self.exactness is not None:
+            self.exactness.load_state_dict(state.get("exactness"))
             _give_carriers(self)
 
     @property
@@ -219,6 +222,7 @@ class AppliedRecipe:
     def counts(self) -> dict[str, Any]:
         """Counted GEMM calls and FLOPs of this rank's block linears by kind, and the share of them that ran in FP4.
 
+        handed: slot -> operands of unrotated slots that brought their amax (replayed CUDA graphs do not count).
         gathered_bytes were received in sequence-parallel gathers, gathered_bytes_high would have been without packing.
         Linears left as torch.nn.Linear (bf16 layers of a plain model) cannot be counted; `uncounted` says how many.
         """
@@ -236,6 +240,7 @@ class AppliedRecipe:
             "flops": dict(flops),
             "fp4_share": flops[FP4] / total if total else 0.0,
             "uncounted": self.uncounted,
+            "handed": dict(sum((_tally(target).handed for target in self._block_targets()), Counter())),
             "gathered_bytes": sum(_tally(target).gathered_bytes for target in self._block_targets()),
             "gathered_bytes_high": sum(_tally(target).gathered_bytes_high for target in self._block_targets()),
         }
@@ -275,13 +280,13 @@ class AppliedRecipe:
         return [t for t in self.targets if t.site.role in BLOCK_ROLES] or list(self.targets)
 
     def _follow_exactness(self) -> list[str]:
-        """Give the GEMMs that lost elements in the step before bf16 carriers; what to log."""
+        """Give GEMMs whose carriers lost elements in the step before others, and take some back; what to log."""
         if self.exactness is None:
             return []
         new = self.exactness.news()
         if new:
             _give_carriers(self)
-        return [f"step {self.clock.step}: {loss.text()}" for loss in new]
+        return [f"step {self.clock.step}: {change.text()}" for change in new]
 
     def _follow_phases(self) -> list[str]:
         """Make the phases that should run run; what to log of those that start."""
@@ -452,27 +457,31 @@ def _device(module: Fp4Module, chunk: nn.Module) -> torch.device:
 def _give_plans(applied: AppliedRecipe) -> None:
     """Resolve kernels and hand every target its plan; counters survive a phase switch."""
     rows = {row.site.path: i for i, row in enumerate(applied.rows)}
-    updated = list(applied.rows)
+    updated, reasons = list(applied.rows), []
     for target in applied.targets:
         i = rows[target.site.path]
         row = updated[i]
         plan = LinearPlan.resolve(
             target.site.path, target.site.number, row.recipe, applied.clock, target.device, applied.backend,
-            applied.exactness.in_bf16(target.site.path) if applied.exactness is not None else (),
+            applied.exactness.forms(target.site.path) if applied.exactness is not None else None,
         )  # fmt: skip
         if target.module.plan is not None:
             plan.tally = target.module.plan.tally
         if applied.controllers is not None:
             plan.controls = applied.controllers.slots(target.site.path, row.recipe, target.module.comm)
         if applied.exactness is not None:
-            plan.carrying.lost = applied.exactness.slots(target.site.path) if plan.carrying.narrow else {}
+            path = target.site.path
+            plan.carrying.count_in(applied.exactness.slots(path), applied.exactness.spreads(path))
         target.module.set_plan(plan)
         backends = {name: kernel.backend for name, kernel in plan.kernels.items()}
         gather = gather_words(row.recipe, target.module.comm, applied.tokens)
         updated[i] = LinearRow(
             row.site, row.linear, row.recipe, row.why, backends, gather, carriers=plan.carrying.words()
         )
+        if target.device.type == "cuda":
+            reasons.append(why_not_cuda(row.recipe, plan.kernels, target.device, applied.backend))
     applied.rows = tuple(updated)
+    applied.remarks = tuple(dict.fromkeys((*applied.remarks, *remarks(reasons))))
 
 
 def _give_carriers(applied: AppliedRecipe) -> None:
@@ -480,13 +489,15 @@ def _give_carriers(applied: AppliedRecipe) -> None:
     assert applied.exactness is not None
     carriers: dict[str, dict[str, str]] = {}
     for target in applied.targets:
-        plan, in_bf16 = target.module.plan, applied.exactness.in_bf16(target.site.path)
-        if plan is not None and in_bf16.intersection(plan.carrying.narrow):
-            lost = plan.carrying.lost
-            plan.carrying = resolve_carrying(plan.recipe, plan.kernels, target.device, in_bf16)
-            plan.carrying.lost = lost
+        plan, path = target.module.plan, target.site.path
+        if plan is None or not plan.carrying.laddered:
+            continue
+        carrying = resolve_carrying(plan.recipe, plan.kernels, target.device, applied.exactness.forms(path))
+        if carrying.types != plan.carrying.types:
+            carrying.count_in(applied.exactness.slots(path), applied.exactness.spreads(path))
+            plan.carrying = carrying
             plan.forget_weights()
-            carriers[target.site.path] = plan.carrying.words()
+            carriers[path] = carrying.words()
     applied.rows = tuple(
         replace(row, carriers=carriers[row.site.path]) if row.site.path in carriers else row for row in applied.rows
     )
@@ -499,7 +510,8 @@ def _exactness(applied: AppliedRecipe, device: torch.device) -> Exactness:
         resolve_carrying(variant, resolve_kernels(variant, device, applied.backend), device).narrow
         for variant in variants
     )
-    return Exactness((a.site.path for a in applied.assigned.rows), device, watched)
+    paths = (a.site.path for a in applied.assigned.rows)
+    return Exactness(paths, device, watched, applied.backend.fp8_again_after)
 
 
 def _controllers(applied: AppliedRecipe) -> Controllers:

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 from weakref import WeakSet, ref
 
 from fp4dist.numerics.moment import Moment
-from fp4dist.numerics.tensor import Key
+from fp4dist.numerics.tensor import Key, Stream
 from fp4dist.spec.recipe import SLOTS
 
 P = ParamSpec("P")
@@ -46,6 +46,13 @@ class Clock:
         """The key of one whole operand of linear number `layer`; `comm.place` makes it a shard's."""
         return Key(self.seed, layer, self.step, self.micro_batch, _NUMBER[slot], moment=self.moment)
 
+    def whole_key(self, layer: int, slot: str, rows: int, columns: int) -> Key:
+        """The same of an operand [rows, columns] that no rank shares: what `comm.place` makes of it there."""
+        return Key(
+            self.seed, layer, self.step, self.micro_batch, _NUMBER[slot], _ROUNDING, _WHOLE, _WHOLE, rows, columns,
+            self.moment,
+        )  # fmt: skip
+
     def at(self, step: int, micro_batch: int) -> AbstractContextManager[None]:
         """Another time inside the block; the time from before it afterwards, also after an exception."""
         return _At(self, step, micro_batch)
@@ -69,6 +76,7 @@ class _At:
         self._clock.step, self._clock.micro_batch, self._clock.moment = self._before
 
 
+_ROUNDING, _WHOLE = Stream.ROUNDING, (0,)
 _NUMBER = {slot: i for i, slot in enumerate(SLOTS)}
 _LIVE: WeakSet[Clock] = WeakSet()
 

@@ -91,7 +91,7 @@ class Fp4LinearFunction(torch.autograd.Function):
             every_x, x_q, turned = gather.forward_x(x, training and ctx.needs_input_grad[1])
             w_q = plan.quantize_weight(weight, comm, training)
             y = plan.matmul("fprop", every_x(), w_q, counted=training, out=x.dtype)
-            y = y.unflatten(0, _leading(x, comm, "x"))
+            y = y.view(*_leading(x, comm, "x"), y.shape[1])  # `unflatten` takes the host four times as long
         if training:
             ctx.plan, ctx.comm, ctx.clock = plan, comm, (plan.clock.step, plan.clock.micro_batch)
             ctx.filled = plan.filled
@@ -149,7 +149,8 @@ def _dgrad(
         w = high_precision_weight(plan, w_q, weight, comm)
         return whole_dy().matmul(w.to(dtype))  # type: ignore[arg-type]
     wt_q = in_dtype(plan.backward_operand("dgrad.w", w_q, weight, comm), dtype)
-    return plan.matmul("dgrad", dy_TO(), wt_q, out=dtype).unflatten(0, leading)
+    dx = plan.matmul("dgrad", dy_TO(), wt_q, out=dtype)
+    return dx.view(*leading, dx.shape[1])
 
 
 def high_precision_weight(plan: LinearPlan, w_q: Codes, weight: Tensor, comm: LinearComm) -> Tensor:

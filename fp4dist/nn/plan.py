@@ -7,7 +7,7 @@ every GEMM it runs, so that what was promised in the layer table can be compared
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from fp4dist.nn.controllers import SlotControl
 from fp4dist.nn.filling import FORWARD, token_multiple
 from fp4dist.nn.parts import channel_dim, cost, parted_slots, take_out, token_dim
 from fp4dist.nn.passing import ORIGINAL, passing_kernels
+from fp4dist.numerics.handed import handed
 from fp4dist.numerics.matmul import Operand
 from fp4dist.numerics.quantize import ReduceMax, original
 from fp4dist.numerics.splits import Place, assemble, bare
@@ -46,6 +47,7 @@ class Tally:
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     flops: Counter[tuple[str, str]] = field(default_factory=Counter)
     unneeded: set[str] = field(default_factory=set)  # gradients that autograd did not ask for
+    handed: Counter[str] = field(default_factory=Counter)  # slot -> operands that brought their amax, unreplayed
     gathers: Counter[tuple[str, str]] = field(default_factory=Counter)  # by (slot, packed or high)
     gathered_bytes: int = 0  # that this rank received in sequence-parallel gathers, the amax reductions left out
     gathered_bytes_high: int = 0  # what they would have been in high precision
@@ -145,11 +147,11 @@ class LinearPlan:
     @classmethod
     def resolve(
         cls, path: str, number: int, recipe: LinearRecipe, clock: Clock, device: torch.device, config: BackendConfig,
-        in_bf16: Collection[str] = (),
+        forms: Mapping[str, int] | None = None,
     ) -> LinearPlan:  # fmt: skip
-        """Choose the kernels of every slot and GEMM on `device`. in_bf16: GEMMs that FP8 carriers may not serve."""
+        """Choose the kernels of every slot and GEMM on `device`. forms: of GEMMs' carriers, see `resolve_carrying`."""
         kernels = resolve_kernels(recipe, device, config)
-        carrying, parted = resolve_carrying(recipe, kernels, device, in_bf16), parted_slots(recipe)
+        carrying, parted = resolve_carrying(recipe, kernels, device, forms), parted_slots(recipe)
         pair = resolve_pair(recipe, kernels, device, "dgrad.dy", "wgrad.dy")
         pair_x = resolve_pair(recipe, kernels, device, "fprop.x", "wgrad.x")
         unrotates = frozenset(
@@ -310,15 +312,16 @@ class LinearPlan:
         if counted:
             self.count(gemm, a.shape[0], b.shape[0], a.shape[1])
         a, b = self.operands(gemm, a, b)
-        return self.kernels[gemm](a, b, **gemm_keywords(out, into)).to(out)
+        found = self.kernels[gemm](a, b, **gemm_keywords(out, into))
+        return found if found.dtype == out else found.to(out)
 
     def operands(self, gemm: str, a: Operand, b: Operand) -> tuple[Operand, Operand]:
         """Both operands in the form that the GEMM's kernel takes."""
         first, second = GEMM_SLOTS[gemm]
         found = self.carrying.of(first, a), self.carrying.of(second, b)
         if self.training:
-            self.carrying.note(first, found[0])
-            self.carrying.note(second, found[1])
+            self.carrying.note(first, found[0], a)
+            self.carrying.note(second, found[1], b)
         return found
 
     def count(self, gemm: str, m: int, n: int, k: int) -> None:
@@ -407,12 +410,17 @@ class LinearPlan:
         self, slot: str, spec: QuantSpec, source: Operand, shape: torch.Size, comm: LinearComm, token_shard: bool
     ) -> tuple[Key, ReduceMax | None]:
         """(key, reduce_max) of one quantization; the slot's control sees the source. RecipeMismatch for the shape."""
-        key = place(comm, slot, shape[0], shape[1], self.clock.key(self.number, slot), token_shard)
+        if comm.size == comm.pieces == comm.context[1] == 1:  # as `place` would, in half the time
+            key = self.clock.whole_key(self.number, slot, shape[0], shape[1])
+        else:
+            key = place(comm, slot, shape[0], shape[1], self.clock.key(self.number, slot), token_shard)
         rows, columns = self.facts.multiples[slot]
         if shape[0] % (rows * len(key.row_runs)):
             raise self._misfit(slot, spec, "rows", shape[0], rows, len(key.row_runs))
         if shape[1] % (columns * len(key.column_runs)):
             raise self._misfit(slot, spec, "columns", shape[1], columns, len(key.column_runs))
+        if spec.rotation is None and isinstance(source, Tensor) and handed(source) is not None:
+            self.tally.handed[slot] += 1
         if (control := self.controls.get(slot)) is not None:
             control.recording = self.training
             if isinstance(source, Tensor):

@@ -123,6 +123,7 @@ _CAME_LATER = {
     "overlap": True,
     "fp4_param_gather": False,
     "comm": None,
+    "pairs": "auto",
     "deepspeed": {},
     "deterministic": False,
     "fusions": "auto",

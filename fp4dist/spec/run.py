@@ -255,7 +255,8 @@ class TrainConfig:
     micro_batch_size: int  # samples a rank and forward pass
     dtype: Literal["auto", "bf16", "fp32"] = "bf16"  # of what is not FP4; auto: bf16 on a GPU, fp32 on a CPU
     deterministic: bool = False  # the same bits in every run of a layout: no kernel with atomic sums, no autotuning
-    fusions: Literal["auto", "none"] = "auto"  # norm, RoPE, SwiGLU, loss by torch.compile; auto: on GPUs, if it works
+    # norm, RoPE, SwiGLU, loss by torch.compile; auto: on GPUs, if it works; amax: auto, whose results bring their amax
+    fusions: Literal["auto", "amax", "none"] = "auto"
     cuda_graph: Literal["auto", True, False] = "auto"  # of micro-batches; auto: on one GPU, where it can
     recompute: Literal["none", "selective", "full"] = "none"  # of activations in backward; full: every layer
     recompute_modules: tuple[str, ...] = ("mlp",)  # selective: Megatron's names (core_attn, mlp, moe, layernorm ...)
@@ -315,6 +316,11 @@ class BackendConfig:
     kind: Literal["auto", "reference", "triton", "cuda"] = "auto"
     allow_reference: bool = False  # let the slow reference run on a GPU
     strict_exact: bool = False  # skip a step in which FP8 carriers lost elements, not only leave FP8 after it
+    fp8_again_after: int = 64  # steps that a GEMM's FP8 carriers would have been exact in, to take them again; 0: never
+
+    def __post_init__(self) -> None:
+        if self.fp8_again_after < 0:
+            raise ValueError(f"fp8_again_after = {self.fp8_again_after} must be 0 (never), or a number of steps")
 
 
 @frozen
@@ -401,8 +407,9 @@ def _check_param_gather(comm: CommConfig, engine: EngineConfig, optim: OptimConf
         return
     if optim.kind != "adamw" if engine.kind == "megatron" else engine.zero_stage not in (1, 2):
         raise ValueError(
-            "comm.param_gather sends the changes of weights that ranks update slices of: it needs engine.kind: megatron"
-            " with optim.kind: adamw, or engine.kind: deepspeed with zero_stage 1 or 2"
+            "comm.param_gather sends the changes of weights that ranks update slices of and all keep: it needs"
+            " engine.kind: megatron with optim.kind: adamw, or engine.kind: deepspeed with zero_stage 1 or 2 (3 forgets"
+            " what it has gathered)"
         )
     if engine.fp4_param_gather:
         raise ValueError(

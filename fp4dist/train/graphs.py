@@ -193,12 +193,17 @@ class GraphedSchedule:
             self.replays += 1
             return self._recorded[kind].replay()
         if self.failure is None:
+            found, error = None, None
             try:
-                self._recorded.append(self._new(number))
+                found = self._new(number)
             except RuntimeError as e:  # of torch and CUDA; nothing has run
-                self._give_up(e)
-            else:
+                error = e
+            # ranks record at the same micro-batch, and go on alike: else the others would wait for one that has ended
+            if not self._world.any(error is not None):
+                assert found is not None
+                self._recorded.append(found)
                 return self._micro_batch(kind, number)
+            self._give_up(error or RuntimeError("it could not be recorded on another rank"))
         return self._pass(number)
 
     def _pass(self, number: int) -> Tensor:

@@ -270,6 +270,8 @@ class _Training:
                 applied.load_state_dict(checkpoint.read_controllers(folder, recipe.name))
             elif (folder / checkpoint.CONTROLLERS).exists():  # of GEMMs that have left FP8 carriers
                 applied.load_exactness(checkpoint.read_controllers(folder, recipe.name))
+            else:  # none had, when it was written
+                applied.load_exactness({})
             return
         if applied.optimizer is not None:
             applied.optimizer.after_load()
@@ -543,7 +545,7 @@ class _Training:
         state = world.from_rank0(lambda: self.store.begin(step))
         self.engine.save(state)
         communication.save(self.engine.compression, state)
-        if config.recipe.keeps_state or (self.applied.exactness is not None and self.applied.exactness.fallen):
+        if config.recipe.keeps_state or (self.applied.exactness is not None and self.applied.exactness.moved):
             kept = self.applied.state_dict()  # on every rank, and the same there
             world.from_rank0(lambda: checkpoint.write_controllers(state, kept))
         world.from_rank0(lambda: self._watcher.save(state.parent))
@@ -670,7 +672,7 @@ def _closing_words(s: RunSummary, applied: AppliedRecipe) -> list[str]:
         exact = ", or FP8 carriers lost elements" if applied.backend.strict_exact else ""
         lines.append(f"{s.skipped_steps} steps were skipped because loss or gradient was not finite{exact}")
     if applied.exactness is not None and applied.exactness.fallen:
-        lines.append(f"{len(applied.exactness.fallen)} GEMMs lost elements in FP8 carriers and take bf16 ones since")
+        lines.append(f"{len(applied.exactness.fallen)} GEMMs lost elements in FP8 carriers and take others since")
     if s.checkpoint is not None:
         lines.append(f"newest checkpoint {s.checkpoint}")
     return lines

@@ -131,7 +131,8 @@ def open_world(config: RunConfig) -> Iterator[World]:
         if mine:
             check_environments(config)
         _set_threads(device)
-        yield _megatron_groups(config, device, dp)
+        with _repeatable(config.train.deterministic):
+            yield _megatron_groups(config, device, dp)
     except Fp4DistError:
         _close(mine)
         raise
@@ -195,19 +196,33 @@ def _device(config: RunConfig) -> torch.device:
             " (--num_gpus or --nproc-per-node)"
         )
     if config.train.deterministic:
-        _use_deterministic_kernels()
+        env.ask_for_deterministic_kernels()
     device = torch.device("cuda", env.local_rank())
     torch.cuda.set_device(device)
     return device
 
 
-def _use_deterministic_kernels() -> None:
-    """Of torch's attention only flash (its backward can be told) and plain math stay: the others add with atomics."""
-    env.ask_for_deterministic_kernels()
+@contextmanager
+def _repeatable(wanted: bool) -> Iterator[None]:
+    """Inside, nothing adds with atomics, on a CPU either; afterwards, for the next run of this process, as before.
+
+    Of torch's attention only flash (its backward can be told) and plain math stay.
+    """
+    if not wanted:
+        yield
+        return
+    cuda = torch.backends.cuda
+    before = torch.get_deterministic_debug_mode(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()
     torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    cuda.enable_mem_efficient_sdp(False)
+    cuda.enable_cudnn_sdp(False)
     log.info("train.deterministic: kernels with atomic sums and fusions by torch.compile are off")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        cuda.enable_mem_efficient_sdp(before[1])
+        cuda.enable_cudnn_sdp(before[2])
 
 
 def _set_threads(device: torch.device) -> None:

@@ -32,6 +32,7 @@ class Asked:
     wants: list[Want] = field(default_factory=list)
     types: list[torch.dtype] = field(default_factory=list)
     loses: Callable[[BlockScaledTensor], int] = lambda _: 0  # what an FP8 carrier of these codes says it has lost
+    spans: Callable[[BlockScaledTensor], int] | None = None  # binades that quantizers say codes span; None: nothing
 
     def count(self, op: str) -> None:
         self.calls[op] = self.calls.get(op, 0) + 1
@@ -56,6 +57,9 @@ def carrier_backend(kind: torch.dtype = torch.bfloat16, *, pairs: bool = True) -
 
     def as_wanted(q: BlockScaledTensor, want: Want) -> Given:
         asked.wants.append(want)
+        if want.spread is not None and asked.spans is not None:
+            told = torch.tensor([200, 256 - (200 - asked.spans(q))], dtype=torch.int32)
+            torch.maximum(want.spread, told, out=want.spread)
         if want.carrier is None:
             return q
         carrier = to_carrier(q, want.carrier)

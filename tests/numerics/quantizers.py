@@ -56,6 +56,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "sawb_row": {"format": "int4", "block": "row", "scale": "sawb"},
     "mse_nvfp4": {"format": "nvfp4", "scale": {"kind": "mse_search", "steps": 8, "lowest": 0.6}},
     "mse_row": {"format": "int4", "block": "row", "scale": {"kind": "mse_search", "steps": 8, "lowest": 0.6}},
+    "best_of_row": {"format": "nvfp4", "outer": "row", "scale": {"kind": "best_of", "also": ["15/16"]}},
     "tile_46": {"format": "nvfp4", "outer": [1, 128], "scale": "four_over_six"},
     # roundings
     "nvfp4_away": {"format": "nvfp4", "rounding": {"kind": "nearest", "ties": "away"}},

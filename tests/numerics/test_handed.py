@@ -55,3 +55,14 @@ def test_it_passes_through_autograd() -> None:
     hand_over(dy, dy.abs().amax())
     Look.apply(x).backward(dy)
     assert [amax is not None for amax in seen] == [True, True]
+
+
+def test_a_view_of_all_elements_hands_over_for_its_kin() -> None:
+    """A norm's output is a view of the rows that its kernel wrote, and its quantizer gets rows again."""
+    rows = torch.randn(6, 8)
+    y = rows.view(3, 2, 8)
+    hand_over(y, rows.abs().amax())
+    assert handed(y.flatten(0, -2)) is not None
+    assert handed(rows[:3]) is None
+    rows[0, 0] = 9
+    assert handed(y) is None

@@ -19,6 +19,7 @@ from torch import Tensor
 from fp4dist.errors import ConfigError
 from fp4dist.nn.apply import AppliedRecipe
 from fp4dist.nn.clock import Clock
+from fp4dist.nn.operands import OperandWatch
 from fp4dist.train import data
 from fp4dist.train.engine_megatron import MegatronEngine
 from fp4dist.train.graphs import GraphedSchedule, Recording, Work, wanted, why_not
@@ -70,7 +71,9 @@ class Replayed:
 
 
 def train(folder: str, name: str, overrides: tuple[str, ...], kind: str) -> dict[str, Any]:
-    """Losses and what was recorded. kind: eager; replayed; blind (replayed without the time); waits (on a GPU)."""
+    """Losses and what was recorded. kind: eager; replayed; blind (replayed without the time); watched (replayed, and
+    the monitor looks before each step); waits (on a GPU).
+    """
     config = tiny_run(Path(folder), *RUN, *overrides, name=name)
     with open_world(config) as world:
         engine, applied, batches = build(config, world)
@@ -90,6 +93,11 @@ def train(folder: str, name: str, overrides: tuple[str, ...], kind: str) -> dict
         found = []
         for step in range(1, STEPS + 1):
             applied.set_step(step - 1, 10)
+            if kind == "watched":
+                watch = OperandWatch(applied, 64, counts=True)
+                coming = data.train_iterator(data.build_datasets(config, 1), config, dp_rank=0, dp_size=1)
+                assert engine.observe(coming, watch.watching, True) is not None
+                assert watch.read()
             result = engine.train_step(step, batches)
             applied.settle(result.lr)
             applied.check_counts()
@@ -108,6 +116,7 @@ def train_with(folder: str) -> dict[str, Any]:
     for name, recipe in RECIPES.items():
         for kind in ("eager", "replayed", "blind"):
             found[name, kind] = train(folder, f"{name}_{kind}", (recipe,), kind)
+    found["signs", "watched"] = train(folder, "signs_watched", (RECIPES["signs"],), "watched")
     for kind in ("eager", "replayed"):
         found["phase", kind] = train(folder, f"phase_{kind}", (RECIPES["signs"], PHASE), kind)
     return found
@@ -122,6 +131,9 @@ def test_recorded_micro_batches_have_the_bits_of_eager_ones(folder: str) -> None
         assert replayed["counts"] == eager["counts"]
         assert (replayed["recorded"], replayed["replays"]) == (2, 3 * (STEPS - 1)), "the first step runs eagerly"
         assert found[name, "blind"]["losses"] != eager["losses"], "noise that repeats must show"
+    watched = found["signs", "watched"]
+    assert (watched["losses"], watched["counts"]) == tuple(found["signs", "eager"][key] for key in ("losses", "counts"))
+    assert (watched["recorded"], watched["replays"]) == (2, 3 * (STEPS - 1)), "a look ends no recording"
     eager, replayed = found["phase", "eager"], found["phase", "replayed"]
     assert replayed["losses"] == eager["losses"] != found["signs", "eager"]["losses"]
     assert replayed["counts"] == eager["counts"]
@@ -220,6 +232,17 @@ def test_work_that_cannot_be_recorded_runs_without(folder: str) -> None:
     step(strict, 4)
     with pytest.raises(ConfigError, match="operation not permitted"):
         step(strict, 4)
+
+
+def test_all_ranks_go_on_without_where_one_cannot_record(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a rank whose recording failed would end, or run eagerly, while the others wait for its collectives."""
+    asked: list[bool] = []
+    monkeypatch.setattr(World, "any", lambda _, failed: asked.append(failed) or True)
+    graphs = graphed(folder, lambda work, before: (None, work()))
+    for _ in range(3):
+        assert step(graphs, 4) == [9.0, 24.0]
+    assert graphs.failure == "it could not be recorded on another rank"
+    assert asked == [False]
 
 
 def test_what_keeps_changing_is_recorded_less_often(folder: str) -> None:

@@ -70,17 +70,27 @@ def test_rank_0_decides_and_all_agree(tmp_path: Path) -> None:
     assert second == [1, 2, 1, 2, "cpu", {"rank": 0}, True, False]
 
 
-def alone(folder: str) -> tuple[bool, bool, int]:
+def alone(folder: str) -> tuple[bool, bool, int, list[bool]]:
+    repeatable: list[bool] = []
     with open_world(tiny_run(Path(folder))) as world:
         inside = dist.is_initialized() and world.size == 1
         threads = torch.get_num_threads()
-    with pytest.raises(ConfigError, match="inside"), open_world(tiny_run(Path(folder))):
-        raise ConfigError("inside")
-    return inside, dist.is_initialized(), threads
+
+    def fail(chosen: str) -> None:
+        with open_world(tiny_run(Path(folder), f"train.deterministic={chosen}")):
+            repeatable.append(torch.are_deterministic_algorithms_enabled())
+            raise ConfigError("inside")
+
+    for chosen in ("true", "false"):
+        with pytest.raises(ConfigError, match="inside"):
+            fail(chosen)
+        repeatable.append(torch.are_deterministic_algorithms_enabled())
+    return inside, dist.is_initialized(), threads, repeatable
 
 
 def test_a_world_of_its_own_ends_with_it(tmp_path: Path) -> None:
-    ((inside, after, threads),) = run_ranks(alone, 1, str(tmp_path), init=False)
+    ((inside, after, threads, repeatable),) = run_ranks(alone, 1, str(tmp_path), init=False)
     assert inside
     assert not after
     assert threads >= 1
+    assert repeatable == [True, False, False, False], "also on a CPU, and not in the next run of the process"

@@ -21,7 +21,7 @@ from fp4dist.kernels import registry
 from fp4dist.kernels.registry import Kernel, Op
 from fp4dist.numerics import BlockScaledTensor, quantize
 from fp4dist.spec.load import shipped
-from fp4dist.verify import conversions, training
+from fp4dist.verify import conversions, training, wires
 from fp4dist.verify.comparing import differs, on_cpu
 from fp4dist.verify.parity import Matrix, of_linears, of_operands
 
@@ -76,6 +76,26 @@ def test_one_wrong_bit_is_a_fault(op: str, fn: Callable[..., Any], monkeypatch: 
     assert {cell.op for cell in matrix.faults} == {op}
     if op == "quantize":
         assert "codes: 1 of" in (of_operands(("nvidia_nvfp4",), CPU, quiet).faults[0].fault or "")
+
+
+def test_a_wrong_byte_of_a_message_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = Matrix()
+    wires.of_wires(matrix, CPU)
+    assert len(matrix.cells) == 2 * len(wires.WIRES)
+    assert not matrix.faults
+    encoded, calls = wires.encode, 0
+
+    def second_is_wrong(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        message = encoded(*args)
+        message[100] ^= 0 if calls % 2 else 1  # the first is the reference's
+        return message
+
+    monkeypatch.setattr(wires, "encode", second_is_wrong)
+    wires.of_wires(matrix, CPU)
+    assert {cell.op for cell in matrix.faults} == {"wire_encode"}
+    assert len(matrix.faults) == len(wires.WIRES)
 
 
 def test_the_registry_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ else:
     from fp4dist.kernels.triton import matmul as _matmul
     from fp4dist.kernels.triton import originals as _originals
     from fp4dist.kernels.triton import quantizers as _quantizers
+    from fp4dist.kernels.triton import wire as _wire
 
     def _needs_gpu(request: Request) -> str | None:
         return None if request.device.type == "cuda" else f"needs a GPU, the tensor is on {request.device.type}"
@@ -57,3 +58,7 @@ else:
         _matmul.matmul
     )
     kernel("grouped_matmul", backend="triton", supports=_needs_gpu)(_matmul.grouped_matmul)
+    kernel("wire_encode", backend="triton", supports=_needs_gpu)(_wire.encode)
+    kernel("wire_accumulate", backend="triton", supports=_needs_gpu)(_wire.accumulate)
+    kernel("wire_recode", backend="triton", supports=_needs_gpu)(_wire.recode)
+    kernel("wire_sum_plain", backend="triton", supports=_needs_gpu)(_wire.sum_plain)

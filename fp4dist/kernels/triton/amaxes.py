@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fp4dist.kernels.triton import arithmetic as a
 from fp4dist.kernels.triton import chunks as c
-from fp4dist.kernels.triton.counters import zeroed
-from fp4dist.kernels.triton.launch import integer, launch
+from fp4dist.kernels.triton.launch import Launch, integer
 
 _ROWS, _COLUMNS, _CHUNK, _WARPS = 64, 128, 32, 4  # of a program; columns of a thread
 
@@ -44,22 +42,26 @@ def largest_both_kernel(
     tl.atomic_max(rotated, tl.max(after, axis=0))
 
 
-def largest_both(
-    words: Tensor, stride: int, shape: tuple[int, int], layout: Hashable, rotation: int, signs: Tensor, signed: bool
-) -> tuple[Tensor, Tensor]:
-    """([] int32 bits of max |x|, those of max |x| after the rotation of `rotation` columns); above Inf's for a NaN.
+class LargestBoth(NamedTuple):
+    """The launch of `largest_both_kernel` for matrices of one size and layout."""
 
-    words    x [rows, cols] = `shape` whose rows are contiguous in memory, in words of two bf16 or as it is
-    layout   what, of the words, a compiled kernel depends on
-    """
-    (rows, cols), device = shape, words.device
-    plain, rotated = zeroed(device)[0], zeroed(device)[0]
-    constants = {
-        "R": _ROWS, "N": _COLUMNS, "E": _CHUNK, "ROT": rotation, "SIGNED": signed,
-        "S": 2 if words.dtype == torch.int32 else 1, "EVEN": rows % _ROWS == 0 and cols % _COLUMNS == 0,
-        "num_warps": _WARPS, "enable_fp_fusion": False,
-    }  # fmt: skip
-    arguments = words, stride, signs, plain, rotated, rows, cols
-    form = "largest both", layout, rotation, signed, constants["EVEN"], integer(rows), integer(cols)
-    launch(largest_both_kernel, -(-rows // _ROWS) * -(-cols // _COLUMNS), arguments, constants, form)
-    return plain, rotated
+    programs: int
+    run: Launch
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], words: bool, layout: Hashable, rotation: int, signed: bool) -> LargestBoth:
+        """For x [rows, cols] = `shape` whose rows are contiguous in memory, in words of two bf16 or as it is.
+
+        layout   what, of that memory, a compiled kernel depends on;  rotation   columns that are rotated together
+        """
+        rows, cols = shape
+        constants = {
+            "R": _ROWS, "N": _COLUMNS, "E": _CHUNK, "ROT": rotation, "SIGNED": signed, "S": 2 if words else 1,
+            "EVEN": rows % _ROWS == 0 and cols % _COLUMNS == 0, "num_warps": _WARPS, "enable_fp_fusion": False,
+        }  # fmt: skip
+        form = layout, rotation, signed, constants["EVEN"], integer(rows), integer(cols)
+        run = _LAUNCHES.setdefault(form, Launch(largest_both_kernel, constants, (0,) if words else ()))
+        return cls(-(-rows // _ROWS) * -(-cols // _COLUMNS), run)
+
+
+_LAUNCHES: dict[Hashable, Launch] = {}

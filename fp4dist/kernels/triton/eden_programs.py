@@ -23,11 +23,41 @@ BLOCK = tl.constexpr(16)  # columns that share a scale
 
 
 @triton.jit
-def _scaled(y, v, B: tl.constexpr):
-    """Of [B, 16] rotated values: levels, indices (in bits 28 to 30), |values| / scale; [B] corrected scales."""
-    q = tl.div_rn(a.largest(y, B, BLOCK), v)
+def _under(y, q):
+    """Of [B, 16] values under scales [B]: |values| / scale, levels, indices (in bits 28 to 30)."""
     u = tl.abs(y) * tl.where(q < a.FLT_MIN, 0.0, tl.div_rn(1.0, q))[:, None]
     level, index = a.nearest(u)
+    return u, level, index
+
+
+@triton.jit
+def _error(y, level, q, B: tl.constexpr, FOUR: tl.constexpr):
+    """[B] error of levels under scales [B]; FOUR 1: of squares, 2: of magnitudes, 3: the largest."""
+    d = tl.abs(y) - level * q[:, None]
+    if FOUR == 1:
+        error = a.row_tree_sum(d * d, B, BLOCK)
+    elif FOUR == 2:
+        error = a.row_tree_sum(tl.abs(d), B, BLOCK)
+    else:
+        error = a.largest(d, B, BLOCK)
+    return error
+
+
+@triton.jit
+def _scaled(y, v, B: tl.constexpr, FOUR: tl.constexpr):
+    """Of [B, 16] rotated values: levels, indices (in bits 28 to 30), |values| / scale; [B] corrected scales.
+
+    FOUR   of `_error`: each block takes its scale or 1.5 of it, whichever has the smaller error; 0: its scale
+    """
+    q = tl.div_rn(a.largest(y, B, BLOCK), v)
+    u, level, index = _under(y, q)
+    if FOUR > 0:
+        u_4, level_4, index_4 = _under(y, q * 1.5)
+        better = _error(y, level_4, q * 1.5, B, FOUR) < _error(y, level, q, B, FOUR)
+        u = tl.where(better[:, None], u_4, u)
+        level = tl.where(better[:, None], level_4, level)
+        index = tl.where(better[:, None], index_4, index)
+        q = tl.where(better, q * 1.5, q)
     uc = a.row_tree_sum(u * level, B, BLOCK)
     return level, index, u, q * tl.where(uc == 0.0, 1.0, tl.div_rn(a.row_tree_sum(u * u, B, BLOCK), uc))
 
@@ -74,12 +104,12 @@ def _words_of_noise(
 def _written(
     y, divisor, codes, scales, values, row, col, rows, cols, v, k0, k1, when, c3, width, row_run, r0, r1, column_run,
     q0, q1, M: tl.constexpr, EVERY: tl.constexpr, N: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
-    PAIRS: tl.constexpr, EVEN: tl.constexpr, CAREFUL: tl.constexpr,
+    PAIRS: tl.constexpr, EVEN: tl.constexpr, FOUR: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Codes and bytes, or the carrier, of M * N rotated values, of rows row, row + EVERY, ..."""
     B: tl.constexpr = M * N // BLOCK
     y = tl.reshape(y, (B, BLOCK))
-    level, index, u, found = _scaled(y, v, B)
+    level, index, u, found = _scaled(y, v, B, FOUR)
     noise = _words_of_noise(
         found, row, col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1, M, EVERY, N, PAIRS
     )
@@ -101,7 +131,7 @@ def _walk(
     width, row_run, r0, r1, column_run, q0, q1, WRITES: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     S: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, EVEN: tl.constexpr,
-    CODES: tl.constexpr, CARRIER: tl.constexpr, PAIRS: tl.constexpr, CAREFUL: tl.constexpr,
+    FOUR: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr, PAIRS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Over the tile [R, N] at (row, col): write it, or only [] int32 the largest bits of its corrected scales."""
     M: tl.constexpr = R // S
@@ -121,10 +151,10 @@ def _walk(
         if WRITES:
             _written(
                 y, divisor, codes, scales, values, row + s * FROM, col, rows, cols, v, k0, k1, when, c3, width,
-                row_run, r0, r1, column_run, q0, q1, M, EVERY, N, CODES, CARRIER, PAIRS, EVEN, CAREFUL,
+                row_run, r0, r1, column_run, q0, q1, M, EVERY, N, CODES, CARRIER, PAIRS, EVEN, FOUR, CAREFUL,
             )  # fmt: skip
         else:
-            _, _, _, found = _scaled(tl.reshape(y, (M * N // BLOCK, BLOCK)), v, M * N // BLOCK)
+            _, _, _, found = _scaled(tl.reshape(y, (M * N // BLOCK, BLOCK)), v, M * N // BLOCK, FOUR)
             largest = tl.maximum(largest, a.magnitude_bits(found))
     return tl.max(largest, axis=0)
 
@@ -173,12 +203,12 @@ def largest_pair_kernel(
 def correct_kernel(
     x, stride, qscales, outer, signs, top, tiles, rows, cols, v, least, most, TILES: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
-    S: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, EVEN: tl.constexpr,
+    S: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, EVEN: tl.constexpr, FOUR: tl.constexpr,
 ):  # fmt: skip
     """Bits of the largest corrected scale of one matrix into `top`, which starts at 0. A program looks at TILES tiles,
     and corrects the scales of those whose largest value can still lead to it.
 
-    least, most   what a block's correction is above and below
+    least, most   what a corrected scale is above and below, over that of its block's amax
     """
     across = tl.cdiv(cols, N)
     number = tl.cdiv(rows, R) * across
@@ -191,7 +221,7 @@ def correct_kernel(
             found = _walk(
                 x, stride, qscales, outer, signs, top, top, top, top, i // across * R, i % across * N, rows, cols, v,
                 v, 0, 0, top, 0, 0, 0, 0, 0, 0, 0, 0, False, R, N, E, ROT, SIGNED, READ, S, QBR, QBC, QE8M0, EVEN,
-                False, False, False, False,
+                FOUR, False, False, False, False,
             )  # fmt: skip
             tl.atomic_max(top, found)
 
@@ -202,7 +232,7 @@ def _write(
     when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     S: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, EVEN: tl.constexpr,
-    CODES: tl.constexpr, CARRIER: tl.constexpr, PAIRS: tl.constexpr,
+    FOUR: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the second pass; the first one also stores S_dec."""
     bits = tl.load(top)
@@ -214,13 +244,13 @@ def _write(
         _walk(
             x, stride, qscales, outer, signs, top, codes, scales, values, row, col, rows, cols, v, budget, k0, k1,
             when, c3, width, row_run, r0, r1, column_run, q0, q1, True,
-            R, N, E, ROT, SIGNED, READ, S, QBR, QBC, QE8M0, EVEN, CODES, CARRIER, PAIRS, True,
+            R, N, E, ROT, SIGNED, READ, S, QBR, QBC, QE8M0, EVEN, FOUR, CODES, CARRIER, PAIRS, True,
         )  # fmt: skip
     else:
         _walk(
             x, stride, qscales, outer, signs, top, codes, scales, values, row, col, rows, cols, v, budget, k0, k1,
             when, c3, width, row_run, r0, r1, column_run, q0, q1, True,
-            R, N, E, ROT, SIGNED, READ, S, QBR, QBC, QE8M0, EVEN, CODES, CARRIER, PAIRS, False,
+            R, N, E, ROT, SIGNED, READ, S, QBR, QBC, QE8M0, EVEN, FOUR, CODES, CARRIER, PAIRS, False,
         )  # fmt: skip
 
 
@@ -230,7 +260,7 @@ def write_kernel(
     width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     S: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, EVEN: tl.constexpr,
-    CODES: tl.constexpr, CARRIER: tl.constexpr, PAIRS: tl.constexpr,
+    FOUR: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Codes [rows, cols / 8] (words) and bytes [rows, cols / 16], or the bf16 carrier [rows, cols / 2] (words), or all,
     of one matrix whose largest corrected scale's bits are in `top`; the tensor's decode scale into `s_dec`.
@@ -241,7 +271,7 @@ def write_kernel(
         x, stride, qscales, outer, signs, top, codes, scales, values, s_dec, i // across * R, i % across * N, rows,
         cols, v, budget, k0, k1,
         when, c3, width, row_run, r0, r1, column_run, q0, q1,
-        R, N, E, ROT, SIGNED, READ, S, QBR, QBC, QE8M0, EVEN, CODES, CARRIER, PAIRS,
+        R, N, E, ROT, SIGNED, READ, S, QBR, QBC, QE8M0, EVEN, FOUR, CODES, CARRIER, PAIRS,
     )  # fmt: skip
 
 
@@ -251,9 +281,9 @@ def write_pair_kernel(
     width, row_run, r0, r1, column_run, q0, q1, t_signs, t_top, t_codes, t_scales, t_values, t_s_dec, t_v, t_budget,
     t_k0, t_k1, t_when, t_c3, t_width, t_row_run, t_r0, t_r1, t_column_run, t_q0, t_q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, S: tl.constexpr,
-    CODES: tl.constexpr, CARRIER: tl.constexpr, PAIRS: tl.constexpr, T_R: tl.constexpr,
+    FOUR: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr, PAIRS: tl.constexpr, T_R: tl.constexpr,
     T_N: tl.constexpr, T_E: tl.constexpr, T_ROT: tl.constexpr, T_SIGNED: tl.constexpr, T_S: tl.constexpr,
-    T_CODES: tl.constexpr, T_CARRIER: tl.constexpr, T_PAIRS: tl.constexpr,
+    T_FOUR: tl.constexpr, T_CODES: tl.constexpr, T_CARRIER: tl.constexpr, T_PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """The same of x [rows, cols], and of x^T with what begins with t_. words: x, as `_word_chunks` reads it.
@@ -266,12 +296,12 @@ def write_pair_kernel(
         _write(
             words, word_stride, words, words, t_signs, t_top, t_codes, t_scales, t_values, t_s_dec,
             row, col, cols, rows, t_v, t_budget, t_k0, t_k1, t_when, t_c3, t_width, t_row_run,
-            t_r0, t_r1, t_column_run, t_q0, t_q1, T_R, T_N, T_E, T_ROT, T_SIGNED, 1, T_S, 1, 16, False, EVEN, T_CODES,
-            T_CARRIER, T_PAIRS,
+            t_r0, t_r1, t_column_run, t_q0, t_q1, T_R, T_N, T_E, T_ROT, T_SIGNED, 1, T_S, 1, 16, False, EVEN, T_FOUR,
+            T_CODES, T_CARRIER, T_PAIRS,
         )  # fmt: skip
     else:
         _write(
             x, stride, x, x, signs, top, codes, scales, values, s_dec, row, col, rows, cols, v, budget, k0,
             k1, when, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E, ROT, SIGNED, 0, S, 1, 16, False, EVEN,
-            CODES, CARRIER, PAIRS,
+            FOUR, CODES, CARRIER, PAIRS,
         )  # fmt: skip

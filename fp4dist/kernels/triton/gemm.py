@@ -1,5 +1,5 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
-# pyright: reportPossiblyUnboundVariable=false, reportAttributeAccessIssue=false, reportOptionalCall=false
+# pyright: reportPossiblyUnboundVariable=false, reportAttributeAccessIssue=false, reportOptionalCall=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false
 # Triton's own language: its kernels' parameters have no types, and a launch takes options beside them.
 """A B^T on tensor cores with the scales in the epilogue: bf16 and FP8 operands of any sizes.
@@ -34,7 +34,8 @@ class Side(NamedTuple):
 
     values: Tensor
     scale: Tensor | None = None  # [] fp32; None: 1
-    rows: Tensor | None = None  # [R, n] fp32, dense: of n equal parts of each row; None: 1
+    rows: Tensor | None = None  # [R, n] fp32: of n equal parts of each row; None: 1
+    near: bool = False  # the factors of parts lie near each other: see `Carrier`
 
 
 class Tiling(NamedTuple):
@@ -66,7 +67,20 @@ def _operands(
     if INTERPRETED and x.dtype == tl.bfloat16:
         x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
         w = (w.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif INTERPRETED:
+        x, w = _interpreted_fp8(x), _interpreted_fp8(w)
     return x, w
+
+
+@triton.jit
+def _interpreted_fp8(x):
+    """FP8 as fp32, by its bits: the interpreter's cast has no subnormal numbers."""
+    b = x.to(tl.int8, bitcast=True).to(tl.int32) & 0xFF
+    shift: tl.constexpr = 21 if x.dtype == tl.float8e5 else 20
+    factor: tl.constexpr = 2.0**112 if x.dtype == tl.float8e5 else 2.0**120
+    value = ((b & 0x7F) << shift).to(tl.float32, bitcast=True) * factor
+    beyond = (b & 0x7F) > 0x7B if x.dtype == tl.float8e5 else (b & 0x7F) == 0x7F  # no shipped quantizer gives Inf
+    return tl.where(beyond, float("nan"), tl.where(b > 0x7F, -value, value))
 
 
 @triton.jit

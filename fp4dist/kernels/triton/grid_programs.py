@@ -400,10 +400,11 @@ def grid_kernel(
 @triton.jit
 def decode_kernel(
     codes, stride, scales, factors, table, out, rows, cols, block_rows, block_columns, factor_rows, factor_columns,
-    R: tl.constexpr, N: tl.constexpr, G: tl.constexpr, SCALE: tl.constexpr, SCALED: tl.constexpr, E2M1: tl.constexpr,
-    FP8: tl.constexpr, SIGN: tl.constexpr, PACKED: tl.constexpr, OUT: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, G: tl.constexpr, SCALE: tl.constexpr, SCALED: tl.constexpr,
+    FACTORED: tl.constexpr, E2M1: tl.constexpr, FP8: tl.constexpr, SIGN: tl.constexpr, PACKED: tl.constexpr,
+    OUT: tl.constexpr,
 ):  # fmt: skip
-    """Values of codes [rows, cols], times their block scale if SCALED, times their factor if OUT is fp32.
+    """Values of codes [rows, cols], times their block scale if SCALED, times their factor if FACTORED.
 
     OUT   0: fp32;  1: bf16 (exact values alone);  2: E4M3;  3: E5M2, both exact and of unscaled levels alone
     G     columns that are known to share a scale and a factor
@@ -435,9 +436,10 @@ def decode_kernel(
         scale = decode_scale(stored if SCALE == 4 else stored.to(tl.int32), SCALE)
         value = value * a.spread(scale, R, N, 1, G)
     place = out + r[:, None].to(tl.int64) * cols + c[None, :]
-    if OUT == 0:
+    if FACTORED:
         at = (r[:, None] // factor_rows).to(tl.int64) * (cols // factor_columns) + g[None, :] // factor_columns
         value = value * a.spread(tl.load(factors + at, mask=near, other=0.0), R, N, 1, G)
+    if OUT == 0:
         tl.store(place, value, mask=inside)
     elif OUT == 1:
         word = (a.bits(value) >> 16).to(tl.int16)  # nothing is cut

@@ -9,32 +9,34 @@ finds the amax, the scale is computed by `fp4dist.numerics.scales` (moments too,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp4dist import numerics
-from fp4dist.kernels.triton import carriers, moments, tiles
 from fp4dist.kernels.triton import grid_programs as p
+from fp4dist.kernels.triton import levels, moments, tiles
+from fp4dist.kernels.triton.grid_values import (
+    SCALES,
+    dequantize,
+    grid_constants,
+    has_values,
+    table_of,
+    to_carrier,
+)
 from fp4dist.kernels.triton.noise import place
 from fp4dist.kernels.triton.signs import sign_words
-from fp4dist.numerics import codes as c
 from fp4dist.numerics import scales
-from fp4dist.numerics.grouping import Grouping, ReduceMax, spread
+from fp4dist.numerics.grouping import Grouping, ReduceMax
 from fp4dist.numerics.quantize import original
 from fp4dist.numerics.rotation import rotate
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
 from fp4dist.spec.blocks import AbsMax, Ceil, Eden, Ema, Floor, FourOverSix, Hadamard, Nearest, Quest, Sawb, Stochastic
-from fp4dist.spec.formats import E2M1, ElementFormat
 from fp4dist.spec.recipe import QuantSpec
 
-_SCALES = {"e4m3": p.E4M3, "e8m0": p.E8M0, "ue5m3": p.UE5M3, "e4m3_inverse": p.INVERSE, "fp32": p.FP32}
-_OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
 _METRICS = {"mse": 0, "mae": 1, "absmax": 2}
 _TIES = {"even": 0, "up": 2}
-_SHORTEST_PART = 32  # columns
 _LARGEST_BLOCK = 256  # columns, and rows of square blocks below
 
 
@@ -74,10 +76,14 @@ def quantize(
     want: Want = CODES,
 ) -> BlockScaledTensor | Carrier:
     """The codes of a matrix, or of the transpose of codes; see `fp4dist.numerics.quantize`."""
-    if isinstance(source, BlockScaledTensor):
+    tiled = tiles.takes(spec, want)
+    if isinstance(source, BlockScaledTensor) and not (tiled and tiles.reads(source)):
         source = (dequantize(source) if has_values(source) else numerics.dequantize(source)).t()
-    if tiles.takes(spec, want):
+    if tiled:
         return tiles.quantize(source, spec, key, want)
+    assert isinstance(source, Tensor)
+    if levels.takes(spec, want, source.shape[1], toward):
+        return _Launch(source, spec, key, reduce_max, None).levels(want)
     q = _codes(source, spec, key, reduce_max, toward)
     if want.carrier is None:
         return q
@@ -100,105 +106,6 @@ def requantize(
     if q.rotation != 1:
         raise ValueError(f"requantize needs codes in the original basis, got rotation {q.rotation}")
     return quantize(q, spec, key, reduce_max, want=want)
-
-
-def has_values(q: BlockScaledTensor) -> bool:
-    """Whether `dequantize` can decode `q`."""
-    element = q.format.element
-    known = element.mantissa in (2, 3) or (element.mantissa is None and len(element.levels) <= 8)
-    rows = q.global_scale.shape if q.global_scale.dim() else (1, 1)
-    return known and q.samples == 1 and _shared(q.block[1]) > 1 and _shared(q.shape[1] // rows[1]) > 1
-
-
-def dequantize(q: BlockScaledTensor) -> Tensor:
-    """[R, C] fp32 values; see `fp4dist.numerics.dequantize`."""
-    return _decoded(q, torch.float32, scaled=True)
-
-
-def why_not_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> str | None:
-    """Why `to_carrier` cannot write the values of `q` in `dtype`, or None."""
-    outside = _of_parts_of_rows(q)
-    lacks = (
-        (dtype not in _OUT or dtype == torch.float32, f"{dtype}"),
-        (not has_values(q), f"{q.samples} samples of {q.format.element.name}"),
-        (not outside and not q.format.scale.bf16_exact, f"{q.format.scale.name} scales of blocks {list(q.block)}"),
-        (not outside and dtype != torch.bfloat16, f"{q.format.scale.name} scales in {dtype}"),
-        (outside and not _fits(q.format.element, dtype), f"elements {q.format.element.name} in {dtype}"),
-    )
-    return next((f"no carrier of {what}" for missing, what in lacks if missing), None)
-
-
-def to_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> Carrier:
-    """The values of `q` in `dtype`, exact; scales in fp32 (outer ones, of rows and their parts) stay beside them."""
-    if carriers.why_not_carrier(q, dtype) is None:
-        return carriers.to_carrier(q, dtype)
-    reason = why_not_carrier(q, dtype)
-    if reason is not None:
-        raise ValueError(f"{reason}; multiply the dequantized matrix")
-    outside, outer = _of_parts_of_rows(q), q.global_scale
-    values = _decoded(q, dtype, scaled=not outside)
-    if outside and q.scales.numel() == 1:
-        return Carrier(values, q.scales.reshape(()) * outer, q.rotation)
-    if outside:
-        return Carrier(values, outer, q.rotation, spread(q.scales, (q.shape[0], q.scales.shape[1])))
-    if outer.dim() == 0:
-        return Carrier(values, outer, q.rotation)
-    of_rows = spread(outer, (q.shape[0], outer.shape[1]))
-    return Carrier(values, torch.ones((), device=outer.device), q.rotation, of_rows)
-
-
-def _of_parts_of_rows(q: BlockScaledTensor) -> bool:
-    """Whether fp32 block scales can stay outside of a GEMM's partial sums: those of rows, or of long parts of them."""
-    return q.format.scale.name == "fp32" and q.block[1] >= _SHORTEST_PART and q.global_scale.dim() == 0
-
-
-@lru_cache(maxsize=64)
-def _fits(element: ElementFormat, dtype: torch.dtype) -> bool:
-    """Whether every level is a number of `dtype`."""
-    levels = torch.tensor(element.levels)
-    return bool((levels.to(dtype).to(torch.float32) == levels).all())
-
-
-@lru_cache(maxsize=64)
-def _table(element: ElementFormat, ties: str, device: torch.device) -> Tensor:
-    """[5, 8] fp32 of `grid_programs`; FP8 has no use for it."""
-    table = torch.full((5, 8), float("inf"))
-    if element.mantissa is None:
-        last = len(element.levels) - 1
-        for row, way in enumerate((ties, ties) if ties != "up" else ("away", "to_zero")):
-            table[row, :last] = torch.tensor(c.nearest_boundaries(element, way))
-        table[2:4, : last + 1] = c.levels_and_gaps(element, torch.device("cpu")).t()
-        table[4, : last + 1] = c.middles(element, torch.device("cpu"))
-    return table.to(device)
-
-
-def _grid_constants(element: ElementFormat) -> dict[str, Any]:
-    return {
-        "E2M1": element == E2M1, "FP8": element.mantissa or 0, "SIGN": 1 << element.bits - 1, "PACKED": element.packed,
-    }  # fmt: skip
-
-
-def _shared(columns: int) -> int:
-    """Columns, a power of two of at most 16, that are known to share what `columns` share."""
-    return min(columns & -columns, 16)
-
-
-def _decoded(q: BlockScaledTensor, dtype: torch.dtype, *, scaled: bool) -> Tensor:
-    """[R, C] values in `dtype`; unless `scaled` those of the elements alone."""
-    rows, cols = q.shape
-    codes = q.codes if q.codes.stride(1) == 1 else q.codes.contiguous()  # those of a transpose need not be rows
-    out = torch.empty((rows, cols), dtype=dtype, device=q.codes.device)
-    factors = (q.global_scale * q.rotation**-0.5).reshape(1, 1) if q.global_scale.dim() == 0 else (
-        q.global_scale * q.rotation**-0.5
-    )  # fmt: skip
-    per_factor = (rows // factors.shape[0], cols // factors.shape[1])
-    p.decode_kernel[-(-rows // 16), -(-cols // 128)](
-        codes, codes.stride(0), q.scales.contiguous(), factors, _table(q.format.element, "even", q.codes.device),
-        out if dtype in (torch.float32, torch.bfloat16) else out.view(torch.uint8), rows, cols, *q.block, *per_factor,
-        R=16, N=128, G=min(_shared(q.block[1]), _shared(per_factor[1])), SCALE=_SCALES[q.format.scale.name],
-        SCALED=scaled, OUT=_OUT[dtype], num_warps=4, enable_fp_fusion=False, **_grid_constants(q.format.element),
-    )  # fmt: skip
-    return out
 
 
 @torch.no_grad()
@@ -241,21 +148,36 @@ class _Launch:
 
     def under_given_scales(self) -> BlockScaledTensor:
         """One scale for each row, or for the tensor."""
+        chosen, block = self.given_scales()
+        codes = self.run(p.GIVEN, given=chosen.multiplier)
+        return BlockScaledTensor(
+            codes, chosen.stored, chosen.global_scale, self.spec.format, block, self.rotation, self.spec.samples
+        )
+
+    @torch.no_grad()
+    def levels(self, want: Want) -> BlockScaledTensor | Carrier:
+        """`under_given_scales` with an FP8 carrier, in one pass."""
+        chosen, block = self.given_scales()
+        table = table_of(self.spec.format.element, getattr(self.spec.rounding, "ties", "even"), self.x.device)
+        codes, carrier = levels.quantize(self.x, self.spec, self.key, want, chosen, table)
+        if codes is None:
+            return carrier
+        return BlockScaledTensor(
+            codes, chosen.stored, chosen.global_scale, self.spec.format, block, self.rotation, carrier=carrier
+        )
+
+    def given_scales(self) -> tuple[scales.BlockScales, tuple[int, int]]:
+        """(scales of rows or of the tensor, the rows and columns of one)."""
         rows, cols = self.x.shape
         by_row = self.spec.shape[0] != 0
         block = (1 if by_row else rows, cols)
         grouping = _Measured(self.x.shape, block, self.spec, self.key, self.reduce_max, self.largest(by_row))
         rule = self.spec.rule
         if isinstance(rule, Floor | Ceil):
-            chosen = scales.power_of_two_scales(self.x, self.spec, grouping)
-        else:
-            turned = isinstance(rule, Quest) or self.spec.rotation is not None
-            of_moments = isinstance(rule, Quest | Sawb) and turned
-            chosen = scales.ladder(self.in_basis() if of_moments else self.x, self.spec, grouping).at()
-        codes = self.run(p.GIVEN, given=chosen.multiplier)
-        return BlockScaledTensor(
-            codes, chosen.stored, chosen.global_scale, self.spec.format, block, self.rotation, self.spec.samples
-        )
+            return scales.power_of_two_scales(self.x, self.spec, grouping), block
+        turned = isinstance(rule, Quest) or self.spec.rotation is not None
+        of_moments = isinstance(rule, Quest | Sawb) and turned
+        return scales.ladder(self.in_basis() if of_moments else self.x, self.spec, grouping).at(), block
 
     def in_blocks(self) -> BlockScaledTensor:
         """A scale for each block, and outer scales above them."""
@@ -345,17 +267,17 @@ class _Launch:
             *(toward.stride() if toward is not None else (0, 0)),
             sign_words(spec.rotation, self.key, self.x.device), given if given is not None else none,
             0 if given is None or given.numel() == 1 else 1, outer if outer is not None else none,
-            _table(spec.format.element, ties, self.x.device), codes, codes.stride(0),
+            table_of(spec.format.element, ties, self.x.device), codes, codes.stride(0),
             stored if stored is not None else none, outers if outers is not None else none, rows, cols,
             *factors.values, *place(key, rows, cols, 8, self.x.device), blocks[4], blocks[8], blocks[9], blocks[10],
-            BR=max(spec.shape[0], 1), BC=max(spec.shape[1], 1), RULE=rule, SCALE=_SCALES[spec.format.scale.name],
+            BR=max(spec.shape[0], 1), BC=max(spec.shape[1], 1), RULE=rule, SCALE=SCALES[spec.format.scale.name],
             OUTER=_outer(spec), TILE=spec.above[1] if isinstance(spec.above, tuple) else 1,
             NONZERO=isinstance(spec.rule, AbsMax) and spec.rule.nonzero,
             STD=isinstance(spec.rule, Quest) and spec.rule.spread == "std",
             METRIC=_METRICS[spec.rule.metric] if isinstance(spec.rule, FourOverSix) else 0,
             GROUP=self.rotation if isinstance(rounding, Eden) and rounding.group == "rotation" else 0,
             ROUND=1 if isinstance(rounding, Stochastic) else 2 if toward is not None else 0, TIES=_TIES.get(ties, 1),
-            LAST=len(spec.format.element.levels) - 1, **_grid_constants(spec.format.element), **tile,
+            LAST=len(spec.format.element.levels) - 1, **grid_constants(spec.format.element), **tile,
         )  # fmt: skip
 
 

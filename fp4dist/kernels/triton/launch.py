@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 # form -> (launcher, the device's function, its metadata, constants); without hooks of Triton's profilers
 _COMPILED: dict[Hashable, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
@@ -36,6 +37,47 @@ def launch(
     if form is not None and getattr(compiled, "function", None) is not None:  # the interpreter compiles nothing
         last = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         _COMPILED[form] = compiled.run, compiled.function, compiled.packed_metadata, last
+
+
+class Launch:
+    """One kernel under one set of constants, for all matrices that one compiled kernel serves; see `launch`.
+
+    words   places of arguments whose memory the kernel reads or writes as int32. They may be given in any type: what is
+            compiled takes their addresses alone, and where Triton has to look they are viewed as words
+    """
+
+    __slots__ = ("_compiled", "_constants", "_kernel", "_words")
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], words: tuple[int, ...] = ()) -> None:
+        self._kernel, self._constants, self._words = kernel, constants, words
+        self._compiled: tuple[Any, Any, Any, tuple[Any, ...]] | Literal[False] | None = None  # False: called otherwise
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        """Run so many programs on the current device and stream."""
+        if self._compiled:
+            run, function, metadata, last = self._compiled
+            try:
+                run(programs, 1, 1, _stream(), function, metadata, None, None, None, *arguments, *last)
+                return
+            except TypeError:  # nothing has been launched
+                self._compiled = False
+        typed = self.typed(arguments)
+        compiled = self._kernel[(programs,)](*typed, **self._constants)
+        if self._compiled is None and getattr(compiled, "function", None) is not None:
+            last = tuple(self._constants[name] for name in self._kernel.arg_names[len(typed) :])
+            self._compiled = compiled.run, compiled.function, compiled.packed_metadata, last
+
+    def typed(self, arguments: tuple[Any, ...]) -> list[Any]:
+        """The arguments as the kernel is compiled for them."""
+        found = list(arguments)
+        for place in self._words:
+            found[place] = _in_words(found[place])
+        return found
+
+
+def _in_words(x: Tensor) -> Tensor:
+    """The memory of a matrix with dense rows or columns as int32."""
+    return (x if x.dim() == 0 or x.stride(-1) == 1 else x.t()).view(torch.int32)
 
 
 def _stream() -> int:

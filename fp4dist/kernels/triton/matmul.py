@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from fp4dist import numerics
 from fp4dist.kernels import cublaslt
-from fp4dist.kernels.triton import grids, parted, quantizers
+from fp4dist.kernels.triton import grid_values, grouped, levels, parted, quantizers, rescaled
 from fp4dist.kernels.triton.carriers import carrier_of
 from fp4dist.kernels.triton.gemm import FP8, Side, gemm, takes
 from fp4dist.numerics.matmul import Operand, check_product
 from fp4dist.numerics.scales import fp32
 from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, PartedTensor, Quantized
+from fp4dist.spec.blocks import Stochastic
 from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
 
@@ -53,9 +55,12 @@ def _held(spec: QuantSpec, dtype: torch.dtype) -> bool:
     """Whether a carrier of `dtype` can hold operands of `spec` exactly, with what multiplies rows (or their parts of 32
     elements and more) outside. Power-of-two block scales are shifted to where FP8 has its range.
     """
-    if spec.samples != 1 or spec.has_parts:
+    if spec.has_parts:
         return False
     element, scale = spec.format.element, spec.format.scale
+    if spec.samples != 1:  # their sum is one carrier
+        drawn = isinstance(spec.rounding, Stochastic) and scale.name == "fp32" and spec.shape[1] == 0
+        return drawn and levels.holds(element, dtype, spec.samples)
     if isinstance(spec.above, tuple) and spec.above[1] < 32:
         return False
     if scale.name in ("e4m3", "ue5m3"):  # as many significant bits again
@@ -96,6 +101,10 @@ def carrier(q: BlockScaledTensor) -> Tensor:
 
 def matmul(a_MK: Operand, b_NK: Operand, *, out: torch.dtype = torch.float32, into: Tensor | None = None) -> Tensor:
     """A B^T; see `fp4dist.numerics.matmul`. The carrier at an operand's side is taken where it has one."""
+    if _is_plain(a_MK) and _is_plain(b_NK) and (into is None or into.is_contiguous()):
+        left, right = Side(a_MK.values, a_MK.scale), Side(b_NK.values, b_NK.scale)
+        if (left.values.dtype in FP8) == (right.values.dtype in FP8):
+            return _product(left, right, check_product(a_MK, b_NK, out, into), out, into)
     if max(parted.samples(a_MK), parted.samples(b_NK)) > 1:
         return parted.mean_of_samples(a_MK, b_NK, matmul, out=out, into=into)
     if isinstance(a_MK, PartedTensor) or isinstance(b_NK, PartedTensor):
@@ -116,6 +125,11 @@ def matmul(a_MK: Operand, b_NK: Operand, *, out: torch.dtype = torch.float32, in
     return _product(left, right, rotation, out, into)
 
 
+def _is_plain(operand: Operand) -> TypeGuard[Carrier]:
+    """Whether nothing but its scale multiplies a carrier: the most frequent operand."""
+    return isinstance(operand, Carrier) and operand.rows is None
+
+
 def grouped_matmul(
     a: Sequence[Operand],
     b: Sequence[Operand],
@@ -125,6 +139,12 @@ def grouped_matmul(
 ) -> list[Tensor]:
     """One `matmul` a pair; see `fp4dist.kernels.reference.grouped_matmul`."""
     sums = [None] * len(a) if into is None else into
+    if grouped.is_allowed() and len(a) > 1:
+        left, right = ([side for x in operands if (side := _side(x)) is not None] for operands in (a, b))
+        rotations = {check_product(x, w, out, total) for x, w, total in zip(a, b, sums, strict=True)}
+        whole = len(left) == len(right) == len(a) and len(rotations) == 1
+        if whole and grouped.takes(left, right, sums):
+            return grouped.gemm(left, right, rotations.pop(), out, sums)
     return [matmul(x, w, out=out, into=total) for x, w, total in zip(a, b, sums, strict=True)]
 
 
@@ -141,7 +161,7 @@ def _side(operand: Operand) -> Side | None:
             operand = quantizers.to_carrier(operand, torch.bfloat16)
     if not isinstance(operand, Carrier):
         return None
-    return Side(operand.values, operand.scale, operand.rows)
+    return Side(operand.values, operand.scale, operand.rows, operand.near)
 
 
 def _product(a: Side, b: Side, rotation: int, out: torch.dtype, into: Tensor | None) -> Tensor:
@@ -153,6 +173,8 @@ def _product(a: Side, b: Side, rotation: int, out: torch.dtype, into: Tensor | N
         )  # fmt: skip
         if done is not None:
             return done
+    if rescaled.takes(a, b):
+        return rescaled.gemm(a, b, rotation, out=out, into=into)
     return gemm(a, b, rotation, out=out, into=into)
 
 
@@ -162,5 +184,5 @@ def dequantize(q: Quantized) -> Tensor:
         values = dequantize(q.main)
         return values if q.side is None else values + q.side * fp32(q.rotation**-0.5)
     if not has_carrier(q):
-        return grids.dequantize(q) if grids.has_values(q) else numerics.dequantize(q)
+        return grid_values.dequantize(q) if grid_values.has_values(q) else numerics.dequantize(q)
     return carrier(q).to(torch.float32) * (q.global_scale * q.rotation**-0.5)

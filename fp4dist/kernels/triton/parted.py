@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.triton import grids
+from fp4dist.kernels.triton import grid_values
 from fp4dist.numerics.matmul import Operand, OperandParts, Single, check_product
 from fp4dist.numerics.scales import divide
 from fp4dist.numerics.tensor import BlockScaledTensor, Carrier
@@ -72,7 +72,7 @@ def _draws(operand: Operand) -> list[Operand]:
 def has_terms(operand: Operand) -> bool:
     """Whether `in_terms` makes bf16 terms of an operand that has no carrier."""
     if isinstance(operand, BlockScaledTensor):
-        return grids.has_values(operand) and operand.global_scale.dim() == 0
+        return grid_values.has_values(operand) and operand.global_scale.dim() == 0
     return isinstance(operand, Tensor) and operand.dtype == torch.float32
 
 
@@ -93,7 +93,9 @@ def in_terms(
 
 def _as_terms(x: Single) -> list[Carrier]:
     if isinstance(x, BlockScaledTensor):
-        values = grids.dequantize(replace(x, global_scale=torch.ones_like(x.global_scale), rotation=1, carrier=None))
+        values = grid_values.dequantize(
+            replace(x, global_scale=torch.ones_like(x.global_scale), rotation=1, carrier=None)
+        )
         return [Carrier(term, x.global_scale, x.rotation) for term in _terms(values)]
     assert isinstance(x, Tensor)
     return [Carrier(term, torch.ones((), device=x.device)) for term in _terms(x)]

@@ -119,6 +119,12 @@ def _tile(
         y = _decoded(
             x, stride, qscales, qglobal, back, root, row, col, rows, cols, R, N, E, W, EVEN, QBR, QBC, QE8M0, BACK
         )
+    return _rotated(y, signs, R, N, E, ROT, SIGNED)
+
+
+@triton.jit
+def _rotated(y, signs, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr):
+    """[G, E] fp32 in the basis of the codes."""
     if ROT > 1:
         if SIGNED:
             i = tl.arange(0, R * N // E) % (N // E) * E % ROT
@@ -267,8 +273,9 @@ def _side(
     READ: tl.constexpr, P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr,
     QE8M0: tl.constexpr, BACK: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
 ):  # fmt: skip
-    """Quantize one tile under E4M3 scales. RULE 0: of the block's amax; 6: the better of it and 1.5 of it. ROUND 0:
-    nearest, 1: stochastic. outer: bits of the tensor's amax;  top: becomes its decode scale;  CARRIER: in bf16.
+    """Quantize one tile under E4M3 scales. RULE 0: of the block's amax; else the best of it and its products with the
+    bytes of RULE, in 16ths. ROUND 0: nearest, 1: stochastic. outer: bits of the tensor's amax;  top: becomes its decode
+    scale;  CARRIER: in bf16.
     """
     G: tl.constexpr = R * N // E
     y = _tile(
@@ -291,18 +298,21 @@ def _side(
         level, index = a.stochastic(u, noise)
     else:
         level, index = a.nearest(u)
-    if RULE == 6:
-        stored_4 = a.encode_e4m3(raw * 1.5)
-        scale_4 = a.decode_e4m3(stored_4)
-        multiplier = a.below(tl.div_rn(1.0, scale_4 * unit), a.FLT_MAX)
-        level_4, index_4 = a.nearest(a.at_most(tl.abs(y * multiplier[:, None]), 6.0))
-        better = _error(y, level_4, scale_4, unit, METRIC, R, N, E, BR) < _error(
-            y, level, scale, unit, METRIC, R, N, E, BR
-        )
-        stored = tl.where(better, stored_4, stored)
-        scale = tl.where(better, scale_4, scale)
-        level = tl.where(better[:, None], level_4, level)
-        index = tl.where(better[:, None], index_4, index)
+    if RULE > 0:
+        error = _error(y, level, scale, unit, METRIC, R, N, E, BR)
+        for i in tl.static_range(4):
+            if RULE >> 8 * i > 0:
+                stored_i = a.encode_e4m3(raw * ((RULE >> 8 * i & 255) / 16))
+                scale_i = a.decode_e4m3(stored_i)
+                multiplier = a.below(tl.div_rn(1.0, scale_i * unit), a.FLT_MAX)
+                level_i, index_i = a.nearest(a.at_most(tl.abs(y * multiplier[:, None]), 6.0))
+                error_i = _error(y, level_i, scale_i, unit, METRIC, R, N, E, BR)
+                better = error_i < error
+                error = tl.where(better, error_i, error)
+                stored = tl.where(better, stored_i, stored)
+                scale = tl.where(better, scale_i, scale)
+                level = tl.where(better[:, None], level_i, level)
+                index = tl.where(better[:, None], index_i, index)
     if CODES:
         words = a.pack(index, y, G, E)
         words = tl.where((scale == scale)[:, None], words, 0x77777777)  # a NaN has no sign

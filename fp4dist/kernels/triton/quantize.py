@@ -5,89 +5,32 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.triton.amaxes import largest_both
-from fp4dist.kernels.triton.counters import zeroed
+from fp4dist.kernels.triton.amaxes import LargestBoth
+from fp4dist.kernels.triton.counters import unset, zero
 from fp4dist.kernels.triton.filters import original
-from fp4dist.kernels.triton.launch import integer, launch
-from fp4dist.kernels.triton.noise import place
+from fp4dist.kernels.triton.launch import Launch
+from fp4dist.kernels.triton.noise import PLACE, place
 from fp4dist.kernels.triton.programs import amax_kernel, pair_amax_kernel, pair_kernel, quantize_kernel
 from fp4dist.kernels.triton.signs import has_signs, sign_words
+from fp4dist.kernels.triton.sources import Side, width_of_strip
+from fp4dist.kernels.triton.sources import Source as _Source
+from fp4dist.kernels.triton.sources import number_of as _number
 from fp4dist.numerics.grouping import ReduceMax
 from fp4dist.numerics.handed import handed
 from fp4dist.numerics.scales import fp32, target_max
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
-from fp4dist.spec.blocks import AbsMax, FourOverSix, Hadamard, Nearest, Stochastic
+from fp4dist.spec.blocks import AbsMax, BestOf, FourOverSix, Hadamard, Nearest, ScaleRule, Stochastic
 from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
 
-
-class _Source(NamedTuple):
-    """What a kernel reads, in the output's orientation.
-
-    READ   0: rows; 1: the transpose of rows; 2: codes of the transpose (see `programs`)
-    tensor, stride   the memory, and elements (or words of two) from one of its rows to the next
-    turn   (size, signs) of the rotation that codes are turned back from
-    """
-
-    read: int
-    tensor: Tensor
-    stride: int
-    shape: tuple[int, int]
-    codes: BlockScaledTensor | None = None
-    turn: tuple[int, Tensor | None] = (1, None)
-
-    @classmethod
-    def of(cls, source: Tensor | BlockScaledTensor, turn: tuple[int, Tensor | None] = (1, None)) -> _Source:
-        if not isinstance(source, Tensor):
-            columns, rows = source.shape
-            codes = source.codes if source.codes.stride(1) == 1 else source.codes.contiguous()
-            return cls(2, codes, codes.stride(0), (rows, columns), source, turn)
-        (rows, columns), (down, right) = source.shape, source.stride()
-        if right == 1:
-            return cls(0, source, down, (rows, columns))
-        if down != 1:
-            return cls.of(source.contiguous())
-        if source.dtype == torch.bfloat16 and rows % 2 == right % 2 == source.data_ptr() % 4 == 0:
-            return cls(1, source.t().view(torch.int32), right // 2, (rows, columns))
-        return cls(1, source.t(), right, (rows, columns))
-
-    def arguments(self) -> tuple[Any, ...]:
-        """The kernels' first eight parameters."""
-        q, (size, signs) = self.codes, self.turn
-        scales, shared = (q.scales, q.global_scale) if q else (self.tensor, self.tensor)
-        back = self.tensor if signs is None else signs
-        return self.tensor, self.stride, scales, shared, back, fp32(size**-0.5), *self.shape
-
-    def layout(self) -> tuple[Any, ...]:
-        """All that decides which compiled kernel reads it: of its size only what tiles and Triton ask for."""
-        q, t, (rows, cols) = self.codes, self.tensor, self.shape
-        aligned = t.data_ptr() % 16 == 0 and (q is None or q.scales.data_ptr() % 16 == 0)
-        block = None if q is None else (q.block, q.format.scale.name)
-        uneven = cols % _width(cols) != 0  # 1024 and 2816 columns have strips of one width, which divides the first
-        sizes = rows == 1, min(rows & -rows, 128), min(cols & -cols, 128), uneven, integer(self.stride)
-        return self.read, t.dtype, sizes, aligned, block, self.turn[0], t.device
-
-    def constants(self) -> dict[str, Any]:
-        """How the memory is to be read."""
-        q = self.codes
-        block = q.block if q else (1, 16)
-        words = self.tensor.dtype == torch.int32 or self.read == 2
-        vector = 16 // self.tensor.element_size()
-        return {
-            "READ": self.read,
-            "P": vector if self.read == 0 else 2 if words else 1,
-            "QBR": block[0],
-            "QBC": block[1],
-            "QE8M0": bool(q) and q.format.scale.name == "e8m0",
-            "BACK": self.turn[0],
-        }
+_MOST_STRETCHES = 4  # of `programs`
 
 
 def why_not(spec: QuantSpec) -> str | None:
@@ -98,23 +41,25 @@ def why_not(spec: QuantSpec) -> str | None:
         (spec.format.scale.name != "e4m3", f"{spec.format.scale.name} scales"),
         ((rows, columns) not in ((1, 16), (1, 32), (16, 16), (32, 32)), f"blocks {[rows, columns]}"),
         (spec.above != "tensor", f"outer {spec.above}"),
-        (not isinstance(spec.rule, AbsMax | FourOverSix), f"scale rule {spec.rule.kind}"),
+        (not isinstance(spec.rule, AbsMax | FourOverSix | BestOf), f"scale rule {spec.rule.kind}"),
         (spec.samples > 1, "several samples"),
         (not isinstance(spec.rounding, Nearest | Stochastic), f"rounding {spec.rounding.kind}"),
         (isinstance(spec.rounding, Nearest) and spec.rounding.ties != "even", "ties other than to even"),
         (isinstance(spec.rounding, Stochastic) and isinstance(spec.rule, FourOverSix), "four-over-six under noise"),
+        (_stretches(spec.rule) is None, f"scales {getattr(spec.rule, 'also', ())} times that of the amax"),
         (spec.has_parts, "operands in parts"),
     )
     return next((f"the Triton quantizer has no {what}" for missing, what in lacks if missing), None)
 
 
-class Side(NamedTuple):
-    """How one of the two operands of `quantize_pair` is quantized: the arguments of `quantize`."""
+def _stretches(rule: ScaleRule) -> int | None:
+    """RULE of `programs`: what a rule multiplies the amax's scale by beside 1, in 16ths, a byte each, the first lowest.
 
-    spec: QuantSpec
-    key: Key | None = None
-    reduce_max: ReduceMax | None = None
-    want: Want = CODES
+    None where that cannot be written so.
+    """
+    factors = (1.5,) if isinstance(rule, FourOverSix) else rule.also if isinstance(rule, BestOf) else ()
+    exact = len(factors) <= _MOST_STRETCHES and all(0 < f < 16 and (16 * f).is_integer() for f in factors)
+    return sum(int(16 * f) << 8 * i for i, f in enumerate(factors)) if exact else None
 
 
 def why_not_pair(row: QuantSpec, column: QuantSpec) -> str | None:
@@ -132,18 +77,19 @@ def quantize_pair(
     """
     if x.stride(1) != 1:
         x = x.contiguous()
-    jobs = _Job(x, row), _Job(x.t(), column)
-    if all(job.known is None for job in jobs):
-        _measure_pair(*jobs)
+    first, second = _Job(x, row), _Job(x.t(), column)
+    pair = _Pair.of(first.setup, second.setup)
+    if first.known is None and second.known is None:
+        pair.measure(first, second)
     else:
-        for job in jobs:
-            job.measure()
-    if all(job.form.light for job in jobs):
-        _launch_pair(pair_kernel, *jobs, (*jobs[0].arguments(), *jobs[1].arguments()), _TOLD, "pair")
+        first.measure()
+        second.measure()
+    if pair.write is not None:
+        pair.write(pair.programs, *pair.read(first, second), *first.arguments(), *second.arguments())
     else:
-        for job in jobs:
-            job.run()
-    return jobs[0].result(), jobs[1].result()
+        first.run()
+        second.run()
+    return first.result(), second.result()
 
 
 def quantize(
@@ -187,7 +133,9 @@ def _run(job: _Job) -> BlockScaledTensor | Carrier:
 def amax(x: Tensor) -> Tensor:
     """[] fp32 max |x| of a tensor of any shape; NaN if any element is."""
     src = _Source.of(x.reshape(-1, x.shape[-1] if x.dim() > 1 else x.numel()))
-    return _largest(_Amax.of(src, 16, 1, False), src, sign_words(None, None, x.device)).view(torch.float32)
+    found, top = _Amax.of(src, 16, 1, False), zero(x.device)
+    found.run(found.programs(src.shape), *src.arguments(), sign_words(None, None, x.device), top)
+    return top.view(torch.float32)
 
 
 # (rows, columns) of a tile and warps, by how the matrix is read (READ of `programs`) and the columns of a block: the
@@ -198,7 +146,6 @@ _TILES = {
 }  # fmt: skip
 _WIDE = {(1, 16): (64, 128, 8)}  # for rotations that do not fit into the columns above
 _BACK = (128, 64, 4)  # for codes that are turned back: a warp has 32 rows side by side
-_STRIP = 1024  # columns that a program looks through for the amax
 
 
 def _tile(src: _Source, block: tuple[int, int], rotation: int, signed: bool) -> dict[str, Any]:
@@ -229,10 +176,11 @@ class _Amax(NamedTuple):
     form: Hashable
     constants: dict[str, Any]
     steps: int
+    run: Launch
 
     @classmethod
     def of(cls, src: _Source, columns: int, rotation: int, signed: bool) -> _Amax:
-        width = _width(src.shape[1])
+        width = width_of_strip(src.shape[1])
         form = ("amax", columns, rotation, signed, width, src.layout())
         found = _AMAX.get(form)
         if found is None:
@@ -240,26 +188,17 @@ class _Amax(NamedTuple):
             r, n = constants["R"], constants["N"]
             steps = max(1, width // n)
             even = src.shape[0] % r == 0 and src.shape[1] % (n * steps) == 0
-            found = _AMAX[form] = cls(form, {**constants, "EVEN": even, "STEPS": steps}, steps)
+            constants = {**constants, "EVEN": even, "STEPS": steps}
+            run = Launch(amax_kernel, constants, (0,) if src.in_words else ())
+            found = _AMAX[form] = cls(form, constants, steps, run)
         return found
 
-
-def _width(columns: int) -> int:
-    """Of the strip that a program of `amax_kernel` looks through: one that divides, unless only narrow ones do."""
-    width = min(columns & -columns, _STRIP)
-    return width if width >= _STRIP // 2 else _STRIP
+    def programs(self, shape: tuple[int, int]) -> int:
+        """How many look through a matrix."""
+        return _programs(shape, self.constants["R"], self.constants["N"] * self.steps)
 
 
 _AMAX: dict[Hashable, _Amax] = {}
-
-
-def _largest(amax: _Amax, src: _Source, signs: Tensor) -> Tensor:
-    """[] int32 bits of max |x|; above those of Inf where something is NaN."""
-    top = zeroed(src.tensor.device)[0]
-    constants = amax.constants
-    programs = _programs(src.shape, constants["R"], constants["N"] * amax.steps)
-    launch(amax_kernel, programs, (*src.arguments(), signs, top), constants, amax.form)
-    return top
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -277,6 +216,7 @@ class _Form:
     rotation: int
     noisy: bool
     amax: _Amax
+    run: Launch
 
     @property
     def light(self) -> bool:
@@ -285,7 +225,7 @@ class _Form:
 
     @classmethod
     def of(cls, src: _Source, spec: QuantSpec, want: Want, signed: bool) -> _Form:
-        form = (_number(spec), want.codes, want.carrier, signed, _width(src.shape[1]), src.layout())
+        form = (_number(spec), want.codes, want.carrier, signed, width_of_strip(src.shape[1]), src.layout())
         found = _FORMS.get(form)
         if found is None:
             found = _FORMS[form] = cls._new(src, spec, want, signed, form)
@@ -300,8 +240,8 @@ class _Form:
         rows, cols = src.shape
         carrier = want.carrier is not None
         constants = {
-            "BR": spec.shape[0], "RULE": 6 if isinstance(rule, FourOverSix) else 0,
-            "METRIC": {"mse": 0, "mae": 1, "absmax": 2}[rule.metric] if isinstance(rule, FourOverSix) else 0,
+            "BR": spec.shape[0], "RULE": _stretches(rule),
+            "METRIC": {"mse": 0, "mae": 1, "absmax": 2}[getattr(rule, "metric", "mse")],
             "ROUND": int(isinstance(rounding, Stochastic)),
             "NONZERO": isinstance(rule, AbsMax) and rule.nonzero, "CODES": want.codes,
             "CARRIER": carrier, **_tile(src, spec.shape, rotation, signed),
@@ -310,27 +250,84 @@ class _Form:
         v = target_max(E2M1.max, getattr(rule, "headroom", 1.0))
         scalars = fp32(fp32(getattr(rule, "budget", 1.0)) * v), fp32(1.0 / v)
         constants["EVEN"] = rows % r == 0 and cols % n == 0
-        if constants["RULE"] == 6 and want.codes and carrier:
+        if constants["RULE"] and want.codes and carrier:
             constants["maxnreg"] = 128  # a few more, and a quarter fewer warps fit on a multiprocessor
+        words = (*((0,) if src.in_words else ()), *((10,) if want.codes else ()), *((12,) if carrier else ()))
         return cls(
             spec, ("quantize", form), constants, scalars, rotation, isinstance(rounding, Stochastic),
-            _Amax.of(src, spec.shape[1], rotation, signed),
+            _Amax.of(src, spec.shape[1], rotation, signed), Launch(quantize_kernel, constants, words),
         )  # fmt: skip
 
 
 _FORMS: dict[Hashable, _Form] = {}
-_NUMBERS: dict[QuantSpec, int] = {}
-_SEEN: dict[int, tuple[QuantSpec, int]] = {}
 
 
-def _number(spec: QuantSpec) -> int:
-    """A number for each different spec; looked up by identity, because hashing a spec takes longer than a launch."""
-    seen = _SEEN.get(id(spec))
-    if seen is None:
-        if len(_SEEN) > 4096:  # specs that are made anew at each call
-            _SEEN.clear()
-        seen = _SEEN[id(spec)] = spec, _NUMBERS.setdefault(spec, len(_NUMBERS))
-    return seen[1]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Setup:
+    """What is the same for all matrices of one size and layout under one spec: found with one look.
+
+    signs     of a rotation whose signs are always the same; None: fresh ones
+    unplaced  what a kernel without noise is told in place of its place
+    codes, scales, values   the outputs' shapes; None: not wanted
+    block     rows and columns of a block
+    in_words, layout   of the memory: see `_Source`
+    """
+
+    form: _Form
+    shape: tuple[int, int]
+    stride: int
+    root: float
+    programs: int
+    amax_programs: int
+    signs: Tensor | None
+    unplaced: tuple[Any, ...] | None
+    codes: tuple[int, int] | None
+    scales: tuple[int, int] | None
+    values: tuple[int, int] | None
+    block: tuple[int, int]
+    in_words: bool
+    layout: Hashable
+
+    @classmethod
+    def of(cls, source: Tensor | BlockScaledTensor | _Source, spec: QuantSpec, want: Want) -> tuple[_Setup, Tensor]:
+        """(the setup, the memory that its kernels read)."""
+        if isinstance(source, _Source):
+            return cls._new(source, spec, want), source.tensor
+        of_codes: tuple[Hashable, ...] = ()
+        if isinstance(source, Tensor):
+            memory = source
+        else:
+            memory, of_codes = source.codes, (source.scales.data_ptr() % 16, source.block, source.format.scale.name)
+        layout = memory.shape, memory.stride(), memory.dtype, memory.data_ptr() % 16, memory.device, *of_codes
+        at = _number(spec), want.codes, want.carrier, layout
+        found = _SETUPS.get(at)
+        if found is not None:
+            return found, memory
+        src = _Source.of(source)
+        found = cls._new(src, spec, want)
+        if src.tensor.data_ptr() != memory.data_ptr():  # a copy that is laid out otherwise
+            return found, src.tensor
+        if len(_SETUPS) > _MOST:  # sizes that are always new, as experts' tokens
+            _SETUPS.clear()
+        _SETUPS[at] = found
+        return found, memory
+
+    @classmethod
+    def _new(cls, src: _Source, spec: QuantSpec, want: Want) -> _Setup:
+        form, (rows, cols), device = _Form.of(src, spec, want, has_signs(spec.rotation)), src.shape, src.tensor.device
+        c, block = form.constants, spec.shape
+        fresh = spec.rotation is not None and spec.rotation.signs == "fresh"
+        return cls(
+            form, src.shape, src.stride, fp32(src.turn[0] ** -0.5), _programs(src.shape, c["R"], c["N"]),
+            form.amax.programs(src.shape), None if fresh else sign_words(spec.rotation, None, device),
+            None if form.noisy else place(None, rows, cols, 8, device), (rows, cols // 2) if c["CODES"] else None,
+            (rows // block[0], cols // block[1]) if want.codes else None, (rows, cols) if c["CARRIER"] else None,
+            block, src.in_words, src.layout(),
+        )  # fmt: skip
+
+
+_SETUPS: dict[Hashable, _Setup] = {}
+_MOST = 4096  # setups that are kept
 
 
 class _Job:
@@ -341,28 +338,47 @@ class _Job:
     known     [] int32 bits of this tensor's, where it came with one and no rotation comes before its scales
     """
 
+    __slots__ = (
+        "codes", "form", "key", "known", "memory", "outer", "q", "reduce_max", "s_dec", "scales", "setup", "signs",
+        "turn", "values", "want",
+    )  # fmt: skip
+
     def __init__(self, source: _Source | Tensor | BlockScaledTensor, side: Side) -> None:
         spec, self.key, self.reduce_max, self.want = side
-        self.src = src = source if isinstance(source, _Source) else _Source.of(source)
-        amax = handed(source) if isinstance(source, Tensor) and spec.rotation is None else None
-        self.known = None if amax is None else amax.view(torch.int32)
-        self.signs = sign_words(spec.rotation, self.key, src.tensor.device)
-        self.form = form = _Form.of(src, spec, self.want, has_signs(spec.rotation))
-        rows, cols = src.shape
-        grid = rows // spec.shape[0], cols // spec.shape[1]
-        self.device = device = src.tensor.device
-        self.codes = self.scales = self.values = self.outer = None
-        if form.constants["CODES"]:
-            self.codes = torch.empty((rows, cols // 8), dtype=torch.int32, device=device)
-        if self.want.codes:
-            self.scales = torch.empty(grid, dtype=torch.uint8, device=device)
-        if self.want.carrier == torch.bfloat16:
-            self.values = torch.empty((rows, cols // 2), dtype=torch.int32, device=device)
-        self.s_dec = torch.empty((), dtype=torch.float32, device=device)
+        self.setup, self.memory = setup, _ = _Setup.of(source, spec, self.want)
+        self.form, device = setup.form, self.memory.device
+        self.known = self.outer = self.q = self.turn = None
+        if isinstance(source, Tensor):
+            if setup.form.rotation == 1:
+                amax = handed(source)
+                self.known = None if amax is None else amax.view(torch.int32)
+        elif isinstance(source, BlockScaledTensor):
+            self.q = source
+        else:
+            self.q, self.turn = source.codes, source.turn[1]
+        self.signs = sign_words(spec.rotation, self.key, device) if setup.signs is None else setup.signs
+        self.codes = self.scales = self.values = None
+        if setup.codes is not None:
+            self.codes = torch.empty(setup.codes, dtype=torch.uint8, device=device)
+        if setup.scales is not None:
+            self.scales = torch.empty(setup.scales, dtype=torch.uint8, device=device)
+        if setup.values is not None:
+            self.values = torch.empty(setup.values, dtype=torch.bfloat16, device=device)
+        self.s_dec = unset(device)
+
+    def read(self) -> tuple[Any, ...]:
+        """The kernels' first eight parameters."""
+        setup, memory, q = self.setup, self.memory, self.q
+        scales, shared = (memory, memory) if q is None else (q.scales, q.global_scale)
+        back = memory if self.turn is None else self.turn
+        return memory, setup.stride, scales, shared, back, setup.root, *setup.shape
 
     def measure(self) -> None:
         """Find the amax."""
-        top = _largest(self.form.amax, self.src, self.signs) if self.known is None else self.known
+        top = self.known
+        if top is None:
+            top = zero(self.memory.device)
+            self.form.amax.run(self.setup.amax_programs, *self.read(), self.signs, top)
         self.outer = self.reduced(top)
 
     def reduced(self, top: Tensor) -> Tensor:
@@ -372,68 +388,110 @@ class _Job:
         return self.reduce_max((top & 0x7FFFFFFF).clamp(max=0x7F800000).view(torch.float32)).view(torch.int32)
 
     def arguments(self) -> tuple[Any, ...]:
-        """What changes from call to call, in the order of `quantize_kernel`'s parameters from s0 on."""
-        form, none = self.form, self.src.tensor
+        """What changes from call to call, in the order of `quantize_kernel`'s parameters from `signs` on."""
+        form, none, where = self.form, self.memory, self.setup.unplaced
+        if where is None:
+            where = place(self.key, *self.setup.shape, 8, none.device)
         return (
             self.signs, none if self.outer is None else self.outer, none if self.codes is None else self.codes,
             none if self.scales is None else self.scales, none if self.values is None else self.values, self.s_dec,
-            *form.scalars, *place(self.key if form.noisy else None, *self.src.shape, 8, self.device),
+            *form.scalars, *where,
         )  # fmt: skip
 
     def run(self) -> None:
         """Fill the outputs from the matrix alone."""
-        constants = self.form.constants
-        programs = _programs(self.src.shape, constants["R"], constants["N"])
-        launch(quantize_kernel, programs, (*self.src.arguments(), *self.arguments()), constants, self.form.form)
+        self.form.run(self.setup.programs, *self.read(), *self.arguments())
 
     def result(self) -> BlockScaledTensor | Carrier:
         """What was asked for, once the kernel has run."""
-        form, spec, carrier = self.form, self.form.spec, None
+        form, carrier = self.form, None
         if self.values is not None:
-            carrier = Carrier(self.values.view(torch.bfloat16), self.s_dec, form.rotation)
+            carrier = Carrier(self.values, self.s_dec, form.rotation)
         if self.codes is None or self.scales is None:
             assert carrier is not None
             return carrier
-        codes = self.codes.view(torch.uint8)
-        q = BlockScaledTensor(codes, self.scales, self.s_dec, spec.format, spec.shape, form.rotation)
-        return q if carrier is None else replace(q, carrier=carrier)
+        return BlockScaledTensor(
+            self.codes, self.scales, self.s_dec, form.spec.format, self.setup.block, form.rotation, 1, carrier
+        )  # fmt: skip
 
 
 _BOTH = ("R", "N", "E", "ROT", "SIGNED", "P", "W")  # constants of a pair's amax
 _TOLD = (*_BOTH[:3], "BR", "ROT", "SIGNED", "RULE", "METRIC", "ROUND", "NONZERO", "P", "W", "CODES", "CARRIER")
 
 
-def _launch_pair(
-    kernel: Any, row: _Job, column: _Job, arguments: tuple[Any, ...], names: tuple[str, ...], form: Hashable
-) -> None:
-    """Run a kernel whose programs read x [T, O] for both sides; see `programs._of_pair`."""
-    a, b = row.form.constants, column.form.constants
-    tall, wide = b["N"], a["N"]
-    each = tall // a["R"] + wide // b["R"]
-    rows, cols = row.src.shape
-    constants = {
-        **{name: a[name] for name in names}, **{f"T_{name}": b[name] for name in names},
-        "EVEN": rows % tall == 0 and cols % wide == 0, "num_warps": a["num_warps"], "enable_fp_fusion": False,
-    }  # fmt: skip
-    source = row.src.tensor, row.src.stride, column.src.tensor, column.src.stride, rows, cols
-    programs = -(-rows // tall) * -(-cols // wide) * each
-    launch(kernel, programs, (*source, *arguments), constants, (form, row.form.form, column.form.form))
+class _Pair(NamedTuple):
+    """The launches for x [T, O] and x^T of one size under two specs; see `programs._of_pair`.
+
+    amax    of one kernel that rotates either side
+    both    in its place where x^T alone is rotated: `amaxes.LargestBoth`
+    write   None: each side is written by a launch of its own
+    """
+
+    programs: int
+    amax: Launch
+    both: LargestBoth | None
+    write: Launch | None
+
+    @classmethod
+    def of(cls, row: _Setup, column: _Setup) -> _Pair:
+        found = _PAIRS.get((row, column))
+        if found is None:
+            if len(_PAIRS) > _MOST:
+                _PAIRS.clear()
+            found = _PAIRS[row, column] = cls._new(row, column)
+        return found
+
+    @classmethod
+    def _new(cls, row: _Setup, column: _Setup) -> _Pair:
+        (a, b), (rows, cols) = (row.form.constants, column.form.constants), row.shape
+        tall, wide = b["N"], a["N"]
+        options = {
+            "EVEN": rows % tall == 0 and cols % wide == 0, "num_warps": a["num_warps"], "enable_fp_fusion": False,
+        }  # fmt: skip
+        told, told_amax = (
+            {**{name: a[name] for name in names}, **{f"T_{name}": b[name] for name in names}, **options}
+            for names in (_TOLD, _BOTH)
+        )
+        words = (2,) if column.in_words else ()
+        written = [
+            first + place
+            for first, setup in ((6, row), (6 + _SIDE, column))
+            for place, shape in ((2, setup.codes), (4, setup.values))
+            if shape is not None
+        ]
+        name = row.form.form, column.form.form
+        amax = _LAUNCHES.setdefault(("amax", name), Launch(pair_amax_kernel, told_amax, words))
+        write = _LAUNCHES.setdefault(("write", name), Launch(pair_kernel, told, (*words, *written)))
+        rotation, signed = column.form.rotation, b["SIGNED"]
+        both = None
+        if row.form.rotation == 1 < rotation:
+            both = LargestBoth.of(column.shape, column.in_words, column.layout, rotation, signed)
+        programs = -(-rows // tall) * -(-cols // wide) * (tall // a["R"] + wide // b["R"])
+        return cls(programs, amax, both, write if row.form.light and column.form.light else None)
+
+    def read(self, row: _Job, column: _Job) -> tuple[Any, ...]:
+        """The pair kernels' first parameters."""
+        return row.memory, row.setup.stride, column.memory, column.setup.stride, *row.setup.shape
+
+    def measure(self, row: _Job, column: _Job) -> None:
+        """The amax of x and of x^T, in the bases that they are quantized in, from one reading."""
+        first, second = zero(row.memory.device), zero(row.memory.device)
+        if self.both is not None:
+            self.both.run(
+                self.both.programs, column.memory, column.setup.stride, column.signs, first, second,
+                *column.setup.shape,
+            )  # fmt: skip
+        else:
+            self.amax(self.programs, *self.read(row, column), row.signs, first, column.signs, second)
+        row.outer, column.outer = row.reduced(first), column.reduced(second)
 
 
-def _measure_pair(row: _Job, column: _Job) -> None:
-    """The amax of x and of x^T, in the bases that they are quantized in, from one reading."""
-    src, rotation = column.src, column.form.rotation
-    if row.form.rotation == 1 < rotation:
-        signed = column.form.constants["SIGNED"]
-        first, second = largest_both(
-            src.tensor, src.stride, src.shape, src.layout(), rotation, column.signs, signed
-        )  # fmt: skip
-    else:
-        first, second = zeroed(row.device)[0], zeroed(row.device)[0]
-        _launch_pair(pair_amax_kernel, row, column, (row.signs, first, column.signs, second), _BOTH, "pair amax")
-    row.outer, column.outer = row.reduced(first), column.reduced(second)
+_PAIRS: dict[tuple[_Setup, _Setup], _Pair] = {}
+_LAUNCHES: dict[Hashable, Launch] = {}
+_SIDE = 8 + len(PLACE) + 1  # arguments of `_Job.arguments`
 
 
 @lru_cache(maxsize=64)
 def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.full((), value, device=device)
+    with torch.inference_mode(False):  # it outlives the pass, and backward may keep it
+        return torch.full((), value, device=device)

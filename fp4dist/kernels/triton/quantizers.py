@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.triton import carriers, eden, grids, powers
+from fp4dist.kernels.triton import carriers, eden, grid_values, grids, powers
 from fp4dist.kernels.triton import quantize as fast
 from fp4dist.kernels.triton.quantize import Side
 from fp4dist.numerics.grouping import ReduceMax
@@ -18,9 +18,21 @@ from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
 
 
-@lru_cache(maxsize=1024)
 def _taker(spec: QuantSpec) -> Any:
     """The module whose `quantize` and `requantize` take `spec`: `eden`, `powers`, `quantize`, or else `grids`."""
+    seen = _SEEN.get(id(spec))  # because hashing a spec takes longer than a launch
+    if seen is None:
+        if len(_SEEN) > 4096:  # specs that are made anew at each call
+            _SEEN.clear()
+        seen = _SEEN[id(spec)] = spec, _find_taker(spec)
+    return seen[1]
+
+
+_SEEN: dict[int, tuple[QuantSpec, Any]] = {}
+
+
+@lru_cache(maxsize=1024)
+def _find_taker(spec: QuantSpec) -> Any:
     for module in (eden, powers):
         if module.why_not(spec) is None:
             return module
@@ -95,11 +107,11 @@ def _read_by_fast(q: BlockScaledTensor) -> bool:
 
 def why_not_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> str | None:
     """Why `to_carrier` cannot write the values of `q` in `dtype`, or None."""
-    return None if carriers.why_not_carrier(q, dtype) is None else grids.why_not_carrier(q, dtype)
+    return None if carriers.why_not_carrier(q, dtype) is None else grid_values.why_not_carrier(q, dtype)
 
 
 def to_carrier(q: BlockScaledTensor, dtype: torch.dtype, *, transposed: bool = False) -> Carrier:
     """The values of codes `q`, or of their transpose, in `dtype`; see `carriers` and `grids`."""
     if carriers.why_not_carrier(q, dtype) is None:
         return carriers.to_carrier(q, dtype, transposed=transposed)
-    return grids.to_carrier(q.transpose() if transposed else q, dtype)
+    return grid_values.to_carrier(q, dtype, transposed=transposed)

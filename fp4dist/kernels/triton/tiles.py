@@ -3,7 +3,8 @@
 # Triton's own language: its kernels' parameters have no types, a launch takes options beside the kernel's parameters.
 """NVFP4 under outer scales of 1 x 128 tiles: all scales are local, so one pass over the data is enough.
 
-The carrier holds code * block scale in bf16; the tiles' scales stand beside it as factors of parts of rows.
+The carrier holds code * block scale * 2^e in bf16; what remains of the tiles' scales stands beside it as factors of
+parts of rows, all near 1, so that a GEMM may divide one by another (`Carrier.near`).
 """
 
 from __future__ import annotations
@@ -27,31 +28,75 @@ from fp4dist.spec.blocks import AbsMax, Nearest, Stochastic
 from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
 
-_TILE, _ROWS, _WARPS = 128, 32, 4
+_TILE = 128
+_PROGRAMS = {0: (32, 4), 1: (32, 4), 2: (64, 8)}  # rows and warps, by what is read: see `programs`
 _BLOCK = 16
+
+
+@triton.jit
+def parted(outer):
+    """fp32 outer scales -> (power of two, remaining factor), whose product is exact: see `Carrier.near`. A NaN goes to
+    the power.
+    """
+    exponent = tl.maximum(a.bits(outer) >> 23, 7)  # 2^-120: values keep all their bits above bf16's smallest number
+    power = a.floats(exponent << 23)
+    factor = outer * a.floats((254 - exponent) << 23)
+    return tl.where(outer == outer, power, outer), tl.where(outer == outer, factor, 1.0)
+
+
+@triton.jit
+def _decoded(
+    x, stride, qscales, qouters, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+    W: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """[G, E] fp32 values of the transpose of codes x [cols, rows / 2] in blocks of [1, E] under tiles of [1, TILE]."""
+    byte = p._turned(x, stride, row, col, rows, cols, R, N, E, 2, W, EVEN).to(tl.int32)
+    c = col + tl.arange(0, N // E)[None, :, None, None] * E + tl.arange(0, E)[None, None, None, :]
+    r = row + tl.arange(0, R // 2 // W)[None, None, :, None] * (2 * W) + tl.arange(0, W)[:, None, None, None] * 2
+    # two rows of a byte share a block; all rows share a tile, but a load of another shape would be laid out otherwise
+    if EVEN:
+        stored = tl.load(qscales + (c * (rows // E) + r // E))
+        outer = tl.load(qouters + (c * (rows // TILE) + r // TILE))
+    else:
+        inside = (r < rows) & (c < cols)
+        stored = tl.load(qscales + (c * (rows // E) + r // E), mask=inside, other=0)
+        outer = tl.load(qouters + (c * (rows // TILE) + r // TILE), mask=inside, other=0.0)
+    scale = a.decode_e4m3(tl.permute(stored, (2, 0, 1, 3)).to(tl.int32))
+    outer = tl.permute(outer, (2, 0, 1, 3))
+    low = a.e2m1_signed(byte << 28) * scale * outer
+    high = a.e2m1_signed(byte << 24) * scale * outer
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 4, 2, 3)), (R * N // E, E))
 
 
 @triton.jit(do_not_specialize=PLACE)
 def tile_kernel(
-    x, stride, signs, codes, scales, values, outers, rows, cols, numerator, inverse_v,
+    x, stride, qscales, qouters, signs, codes, scales, values, outers, factors, rows, cols, numerator, inverse_v,
     k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, NOISY: tl.constexpr, NONZERO: tl.constexpr,
     CODES: tl.constexpr, CARRIER: tl.constexpr,
 ):  # fmt: skip
-    """Codes (words of eight), E4M3 bytes, bf16 values (words of two), outer scales of the tile [R, N] of programs."""
+    """Codes (words of eight), E4M3 bytes and outer scales, or bf16 values (words of two) and factors [cols / N, rows],
+    or both, of the tile [R, N] of programs. READ 2: of codes that are in tiles as well.
+    """
     G: tl.constexpr = R * N // E
     K: tl.constexpr = N // E  # blocks of an outer tile: it is as wide as the program
     row, col = tl.program_id(0) * R, tl.program_id(1) * N
-    y = p._tile(
-        x, stride, x, x, signs, row, col, rows, cols, R, N, E, ROT, SIGNED, READ, P, W, EVEN, 1, E, False
-    )  # fmt: skip
+    if READ == 2:
+        y = _decoded(x, stride, qscales, qouters, row, col, rows, cols, R, N, E, W, EVEN, N)
+        y = p._rotated(y, signs, R, N, E, ROT, SIGNED)
+    else:
+        y = p._tile(
+            x, stride, x, x, signs, row, col, rows, cols, R, N, E, ROT, SIGNED, READ, P, W, EVEN, 1, E, False
+        )  # fmt: skip
     found = p._block_amax(y, R, N, E, 1)
     top = tl.minimum(tl.max(tl.reshape(a.magnitude_bits(found), (R, K)), axis=1), 0x7F800000)
     s_enc, decoder = encode_outer(a.floats(top), numerator)
     r = tl.arange(0, R)
     across = cols // N
-    tl.store(outers + (row.to(tl.int64) + r) * across + tl.program_id(1), decoder, mask=row + r < rows)
+    if CODES:
+        tl.store(outers + (row.to(tl.int64) + r) * across + tl.program_id(1), decoder, mask=row + r < rows)
+    power, factor = parted(decoder)
     s_enc = tl.reshape(tl.broadcast_to(s_enc[:, None], (R, K)), (G,))
     stored = a.encode_e4m3(found * (s_enc * inverse_v))
     if NONZERO:
@@ -69,6 +114,8 @@ def tile_kernel(
         p._store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
         p._store_scales(stored, scales, row, col, rows, cols, R, N, E, 1, EVEN)
     if CARRIER:
+        tl.store(factors + tl.program_id(1).to(tl.int64) * rows + row + r, factor, mask=row + r < rows)
+        scale = scale * tl.reshape(tl.broadcast_to(power[:, None], (R, K)), (G,))
         p._store_carrier(level, y, scale, values, row, col, rows, cols, R, N, E, EVEN)
 
 
@@ -82,32 +129,48 @@ def takes(spec: QuantSpec, want: Want) -> bool:
     return known and plain and rounds and want.carrier in (None, torch.bfloat16)
 
 
-def quantize(x: Tensor, spec: QuantSpec, key: Key | None, want: Want) -> BlockScaledTensor | Carrier:
-    """Codes, a carrier, or both; see `fp4dist.numerics.quantize`. No maximum is asked of other ranks."""
+def reads(q: BlockScaledTensor) -> bool:
+    """Whether `quantize` decodes the transpose of `q` in registers."""
+    known = q.format.element == E2M1 and q.format.scale.name == "e4m3" and q.block == (1, _BLOCK)
+    rows, columns = q.shape
+    tiled = q.global_scale.shape == (rows, columns // _TILE) and columns % _TILE == 0
+    dense = q.scales.is_contiguous() and q.global_scale.is_contiguous()
+    return known and tiled and dense and q.samples == q.rotation == 1 and q.scales.numel() < 2**31
+
+
+def quantize(
+    source: Tensor | BlockScaledTensor, spec: QuantSpec, key: Key | None, want: Want
+) -> BlockScaledTensor | Carrier:
+    """Codes, a carrier, or both, of a matrix or of the transpose of codes that it `reads`; see
+    `fp4dist.numerics.quantize`. No maximum is asked of other ranks.
+    """
     assert isinstance(spec.rule, AbsMax)
-    src = _Source.of(x)
-    (rows, cols), device = src.shape, x.device
+    src = _Source.of(source)
+    (rows, cols), device = src.shape, src.tensor.device
     rotation = spec.rotation.size if spec.rotation is not None else 1
     v = target_max(E2M1.max, spec.rule.headroom)
     codes = torch.empty((rows, cols // 8), dtype=torch.int32, device=device) if want.codes else None
     scales = torch.empty((rows, cols // _BLOCK), dtype=torch.uint8, device=device) if want.codes else None
+    outers = torch.empty((rows, cols // _TILE), device=device) if want.codes else None
     values = torch.empty((rows, cols // 2), dtype=torch.int32, device=device) if want.carrier is not None else None
-    outers = torch.empty((rows, cols // _TILE), device=device)
-    read = src.constants()
-    noisy = isinstance(spec.rounding, Stochastic)
-    tile_kernel[-(-rows // _ROWS), cols // _TILE](
-        src.tensor, src.stride, sign_words(spec.rotation, key, device), outers if codes is None else codes,
-        outers if scales is None else scales, outers if values is None else values, outers, rows, cols,
+    factors = torch.empty((cols // _TILE, rows), device=device) if want.carrier is not None else None
+    read, none = src.constants(), sign_words(None, None, device)
+    beside = (source.scales, source.global_scale) if isinstance(source, BlockScaledTensor) else (none, none)
+    noisy, (high, warps) = isinstance(spec.rounding, Stochastic), _PROGRAMS[src.read]
+    tile_kernel[-(-rows // high), cols // _TILE](
+        src.tensor, src.stride, *beside, sign_words(spec.rotation, key, device),
+        *(none if x is None else x for x in (codes, scales, values, outers, factors)), rows, cols,
         fp32(fp32(spec.rule.budget) * v), fp32(1.0 / v), *place(key if noisy else None, rows, cols, 8, device),
-        R=_ROWS, N=_TILE, E=_BLOCK, ROT=rotation,
+        R=high, N=_TILE, E=_BLOCK, ROT=rotation,
         SIGNED=spec.rotation is not None and spec.rotation.signs != "none", READ=read["READ"], P=read["P"],
-        W=32 * _BLOCK // _TILE, EVEN=rows % _ROWS == 0, NOISY=noisy, NONZERO=spec.rule.nonzero,
-        CODES=want.codes, CARRIER=values is not None, num_warps=_WARPS, enable_fp_fusion=False,
+        W=32 * _BLOCK // _TILE, EVEN=rows % high == 0, NOISY=noisy, NONZERO=spec.rule.nonzero,
+        CODES=want.codes, CARRIER=values is not None, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     carrier = None
-    if values is not None:
-        carrier = Carrier(values.view(torch.bfloat16), torch.ones((), device=device), rotation, outers)
-    if codes is None or scales is None:
+    if values is not None and factors is not None:
+        one = torch.ones((), device=device)
+        carrier = Carrier(values.view(torch.bfloat16), one, rotation, factors.t(), near=factors.shape[0] > 1)
+    if codes is None or scales is None or outers is None:
         assert carrier is not None
         return carrier
     q = BlockScaledTensor(codes.view(torch.uint8), scales, outers, spec.format, spec.shape, rotation)

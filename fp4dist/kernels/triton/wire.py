@@ -91,8 +91,8 @@ def encode(x: Tensor, table: Tensor, records: Tensor, codec: Codec, sign_rank: i
         return
     arguments = (
         x, table, records.view(torch.int32), number, as_int32(key.seed), as_int32(key.layer),
-        as_int32(key.micro_batch), as_int32(key.step), _last(key), as_int32(sign_rank), _last(codec.signs),
-        as_int32(codec.word0), *_rule(wire), 1.0 / (wire.rotation or 1),
+        as_int32(key.micro_batch), as_int32(key.step), last_word(key), as_int32(sign_rank), last_word(codec.signs),
+        as_int32(codec.word0), *rule(wire), 1.0 / (wire.rotation or 1),
     )  # fmt: skip
     constants = {
         **_constants(codec, aligned), "P": _A_VECTOR // x.element_size(), "ROUND": _ROUNDINGS[wire.rounding or ""],
@@ -121,7 +121,7 @@ def accumulate(
     mine = out if own is None else own
     arguments = (
         out, mine, records.view(torch.int32), table, ranks, ranks if bad is None else bad, number, every,
-        records.stride(0) // 4, as_int32(key.seed), as_int32(key.layer), as_int32(key.step), _last(key),
+        records.stride(0) // 4, as_int32(key.seed), as_int32(key.layer), as_int32(key.step), last_word(key),
         as_int32(codec.word0), factor,
     )  # fmt: skip
     constants = {
@@ -150,9 +150,10 @@ def recode(
     mine = records if own is None else own
     arguments = (
         messages.view(torch.int32), mine, records.view(torch.int32), table, ranks, ranks if bad is None else bad,
-        number, every, records.stride(0) // 4, as_int32(key.seed), as_int32(key.layer), as_int32(key.step), _last(key),
-        as_int32(codec.word0), factor, as_int32(after.rounding.micro_batch), _last(after.rounding),
-        as_int32(sign_rank), _last(after.signs), *_rule(wire), 1.0 / (wire.rotation or 1),
+        number, every, records.stride(0) // 4, as_int32(key.seed), as_int32(key.layer), as_int32(key.step),
+        last_word(key), as_int32(codec.word0), factor, as_int32(after.rounding.micro_batch),
+        last_word(after.rounding), as_int32(sign_rank), last_word(after.signs), *rule(wire),
+        1.0 / (wire.rotation or 1),
     )  # fmt: skip
     constants = {
         **_constants(codec, aligned), **_sources(codec, mine, senders, own is not None, bad is not None),
@@ -203,12 +204,12 @@ def sum_plain(
     launch(plain_kernel, number, arguments, constants, form)
 
 
-def _last(key: Key) -> int:
+def last_word(key: Key) -> int:
     """The counter's last word: slot and stream."""
     return as_int32(key.slot + 8 * key.stream)
 
 
-def _rule(wire: Wire) -> tuple[float, float, float]:
+def rule(wire: Wire) -> tuple[float, float, float]:
     """(numerator, 1 / v, v) of the scale rule; of the formats with one scale a record v is the largest element."""
     if wire.kind in ("fp8", "int4"):
         largest = (FP8_E4M3 if wire.kind == "fp8" else INT4).max

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from fp4dist import numerics
+from fp4dist.kernels.triton import grouped
 from fp4dist.kernels.triton.gemm import Side, gemm
 from fp4dist.kernels.triton.matmul import grouped_matmul, matmul
 from fp4dist.numerics import Key
-from fp4dist.numerics.matmul import Operand
+from fp4dist.numerics.matmul import Operand, _factors
 from fp4dist.numerics.tensor import BlockScaledTensor, Carrier
 from tests.generators import exactly_summable, normal, spec
 
@@ -78,6 +79,10 @@ def of_products(device: torch.device) -> Iterator[str]:
         replace(c, rows=torch.exp2(torch.arange(r * n).remainder(3).float()).reshape(r, n))
         for c, r, n in ((wide, 80, 4), (_of(codes), 48, 4))
     )
+    near, others_near = (  # parts of 128
+        replace(c, rows=torch.exp2(torch.arange(r * 2).remainder(3).float()).reshape(r, 2), near=True)
+        for c, r in ((wide, 80), (_of(codes), 48))
+    )
     plain = few_terms(80, 256, seed=5).to(BF16)
     turned = few_terms(256, 80, seed=6).to(BF16).t()
     cases: dict[str, tuple[Operand, Operand]] = {
@@ -99,6 +104,11 @@ def of_products(device: torch.device) -> Iterator[str]:
         "fp8 with rows x fp8": (rows, fp8[1]),
         "parts of rows x parts of rows": (others_parted, parted),
         "parts of rows x plain": (others_parted, plain),
+        "near parts of rows x near parts of rows": (others_near, near),
+        "near parts of turned rows x plain": (replace(others_near, rows=others_near.rows.t().contiguous().t()), plain),
+        "plain x near parts of rows": (few_terms(48, 256, seed=7).to(BF16), near),
+        "rows x near parts of rows": (replace(_of(codes), rows=of_rows), near),
+        "near parts of rows x other parts of rows": (others_near, parted),
         "fp8 rows x parts of rows": (rows, parted),
         "fp8 parts of rows x fp8": (halves, fp8[1]),
         "fp8 x bf16": (fp8[0], plain),
@@ -129,6 +139,44 @@ def of_random_products(device: torch.device) -> Iterator[str]:
         bound = (256 + 4) * 2.0**-24 * (a.abs() @ b.abs().t()) + 1e-30
         if not ((found - a @ b.t()).abs() <= bound).all():
             yield f"matmul of random {name}"
+
+
+def of_scaled_segments(device: torch.device) -> Iterator[str]:
+    """Factors in [1, 2), and the tiny and huge values whose powers of two are in the carrier: within the same bound."""
+    rows = 1 + torch.rand(48, 3, generator=torch.Generator().manual_seed(4))
+    a = Carrier(normal(48, 384).to(BF16), torch.tensor(0.5), 1, rows, near=True)
+    big = normal(80, 384, seed=1).to(BF16) * torch.exp2(torch.arange(80).remainder(3) * 40.0 - 40)[:, None]
+    big[:, 128:256] = 0
+    b = Carrier(big.to(BF16), torch.tensor(2.0), 1, 1 + torch.rand(80, 3), near=True)
+    left, right = (_factors(x).inner.double() for x in (a, b))
+    bound = (384 + 4) * 2.0**-24 * (left.abs() @ right.abs().t())
+    if not ((matmul(_moved(a, device), _moved(b, device)).double().cpu() - left @ right.t()).abs() <= bound).all():
+        yield "matmul of segments with factors"
+
+
+def of_groups(device: torch.device) -> Iterator[str]:
+    """Products of experts in one launch, of ragged, empty and odd sizes: those of a loop, where sums are exact."""
+    for kind in ("plain", "rows", "parts"):
+        pairs = []
+        for i, (m, n, k) in enumerate(((70, 40, 256), (0, 40, 256), (3, 40, 384), (130, 65, 256), (0, 9, 128))):
+            sides = []
+            for r, seed in ((m, i), (n, i + 9)):
+                rows = torch.exp2(torch.arange(r * 3 * (k // 128)).remainder(3).float()).reshape(r, 3 * (k // 128))
+                of = {"plain": None, "rows": rows[:, :1].contiguous(), "parts": rows[:, : k // 128].contiguous()}[kind]
+                sides.append(Carrier(few_terms(r, k, seed).to(BF16), torch.tensor(0.5), 1, of, near=kind == "parts"))
+            pairs.append(sides)
+        if kind == "plain":  # K of an expert's tokens, rows that begin anywhere
+            pairs.append([Carrier(few_terms(r, 37, r).to(BF16), torch.tensor(1.0)) for r in (20, 30)])
+        a, b = ([_moved(pair[i], device) for pair in pairs] for i in (0, 1))
+        exact = [numerics.matmul(x, w) if len(x.values) else torch.zeros(0, len(w.values)) for x, w in pairs]
+        sums = [torch.ones(x.shape, device=device) for x in exact]
+        grouped.allow()
+        found = grouped_matmul(a, b), grouped_matmul(a, b, out=BF16), grouped_matmul(a, b, into=sums)
+        grouped.allow(False)
+        for i, (one, rounded, total, x) in enumerate(zip(*found, exact, strict=True)):
+            same = torch.equal(one.cpu(), x) and torch.equal(rounded.cpu(), x.to(BF16)) and total is sums[i]
+            if not (same and torch.equal(total.cpu(), x + 1)):
+                yield f"group of {kind}: product {i}"
 
 
 def of_graphs(device: torch.device) -> Iterator[str]:
@@ -190,7 +238,7 @@ def _moved(x: Operand, device: torch.device | str) -> Operand:
     )  # fmt: skip
 
 
-CHECKS = (of_gemms, of_products, of_random_products, of_graphs)
+CHECKS = (of_gemms, of_products, of_random_products, of_scaled_segments, of_groups, of_graphs)
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fp4dist import numerics
-from fp4dist.kernels.triton import grids, moments
+from fp4dist.kernels.triton import grid_values, grids, levels, moments
 from fp4dist.kernels.triton import quantize as fast
 from fp4dist.kernels.triton.matmul import matmul
 from fp4dist.numerics import BlockScaledTensor, Key
@@ -29,6 +29,10 @@ from fp4dist.spec.recipe import SLOTS, QuantSpec
 from fp4dist.spec.statistics import Current
 from tests.generators import SPECS, families
 
+TURNED = {
+    "rounding": "stochastic", "scale": {"kind": "absmax", "headroom": "17/16", "nonzero": True},
+    "rotation": {"size": 16, "signs": "fresh"},
+}  # fmt: skip
 WHOLE = Key(seed=3_000_000_000, layer=4_000_000_000, step=12, micro_batch=5, slot=2)
 # Every branch, beside the shipped recipes.
 MORE: tuple[dict, ...] = (
@@ -97,9 +101,9 @@ def of_quantizers(device: torch.device) -> Iterator[str]:
 def of_wants(what: str, x: Tensor, spec: QuantSpec, q: BlockScaledTensor | Carrier) -> Iterator[str]:
     """A carrier beside the codes, and alone."""
     assert isinstance(q, BlockScaledTensor)
-    if isinstance(spec.rounding, Ema) or grids.why_not_carrier(q, torch.bfloat16) is not None:
+    if isinstance(spec.rounding, Ema) or grid_values.why_not_carrier(q, torch.bfloat16) is not None:
         return
-    expected = grids.to_carrier(q, torch.bfloat16)
+    expected = grid_values.to_carrier(q, torch.bfloat16)
     for codes in (True, False):
         found = grids.quantize(x, spec, WHOLE, want=Want(codes, torch.bfloat16))
         carrier = found.carrier if isinstance(found, BlockScaledTensor) else found
@@ -112,16 +116,16 @@ def of_wants(what: str, x: Tensor, spec: QuantSpec, q: BlockScaledTensor | Carri
 def of_values(what: str, q: BlockScaledTensor, device: torch.device) -> Iterator[str]:
     """Decoded values, and carriers of every type that holds them."""
     on_device = moved(q, device)
-    if not grids.has_values(q):
+    if not grid_values.has_values(q):
         yield from ([] if q.samples > 1 else [f"{what}: cannot be decoded"])
         return
-    if not same(grids.dequantize(on_device).cpu(), numerics.dequantize(q)):
+    if not same(grid_values.dequantize(on_device).cpu(), numerics.dequantize(q)):
         yield f"{what}: dequantize"
     expected = _factors(q)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
-        if grids.why_not_carrier(q, dtype) is not None:
+        if grid_values.why_not_carrier(q, dtype) is not None:
             continue
-        carrier = grids.to_carrier(on_device, dtype)
+        carrier = grid_values.to_carrier(on_device, dtype)
         if carrier.values.dtype != dtype or not all(map(same, _parts(carrier), (expected.inner, *expected[1:]))):
             yield f"{what}: carrier in {dtype}"
 
@@ -132,6 +136,67 @@ def _parts(carrier: Carrier) -> tuple[Tensor, Tensor | None, Tensor]:
     if rows is not None and rows.shape[1] > 1:
         values, rows = values * spread(rows, values.shape), None
     return values, rows, carrier.scale.cpu()
+
+
+def of_levels(device: torch.device) -> Iterator[str]:
+    """FP8 carriers straight from the quantizers, of rows and of a transposed view; those of codes read transposed."""
+    taken = 0
+    for label, spec in specs().items():
+        x = families(34, 176)["ties"].bfloat16()
+        x[3, 5] = float("nan")
+        for dtype, source in ((torch.float8_e4m3fn, x), (torch.float8_e5m2, x.t().contiguous().t())):
+            want = Want(spec.samples == 1, dtype)
+            if not levels.takes(spec, want, source.shape[1], None):
+                continue
+            taken += 1
+            q = numerics.quantize(source, spec, WHOLE)
+            found = grids.quantize(source.to(device), spec, WHOLE, want=want)
+            carrier = found.carrier if isinstance(found, BlockScaledTensor) else found
+            draws = [_factors(q.sample(i)) for i in range(q.samples)]
+            inner = draws[0].inner if q.samples == 1 else draws[0].inner + draws[1].inner
+            expected = inner, draws[0].rows, draws[0].scale / q.samples
+            if carrier is None or not all(map(same, _parts(carrier), expected)):
+                yield f"{label}: {dtype} beside codes" if want.codes else f"{label}: {dtype} alone"
+            if isinstance(found, BlockScaledTensor):
+                yield from differences(f"{label} with {dtype}", q, replace(found, carrier=None))
+            turned = x[:32].t()  # codes of it have rows of 32
+            q = numerics.quantize(turned, spec, WHOLE) if want.codes else q
+            if levels.turns(q, dtype):
+                straight, codes = _factors(q.transpose()), moved(q, device)
+                assert isinstance(codes, BlockScaledTensor)
+                parts = _parts(grid_values.to_carrier(codes, dtype, transposed=True))
+                if not all(map(same, parts, (straight.inner, straight.rows, straight.scale))):
+                    yield f"{label}: {dtype} of codes read transposed"
+    if taken < 10:
+        yield f"FP8 carriers of {taken} specs and types alone"
+
+
+def of_tiles(device: torch.device) -> Iterator[str]:
+    """From codes under outer tiles, read transposed in registers; their carriers, whose factors lie near each other."""
+    plain, drawn = (build(QuantSpec, {"format": "nvfp4", "outer": [1, 128], **more}) for more in ({}, TURNED))
+    x = families(256, 384)["outliers"]
+    x[0], x[1], x[3, 5], x[9, 200] = 1e-38, 3e38, float("nan"), float("inf")
+    q = numerics.quantize(x, plain, WHOLE)
+    for spec in (plain, drawn):
+        expected = numerics.requantize(q, spec, WHOLE)
+        codes = moved(q, device)
+        assert isinstance(codes, BlockScaledTensor)
+        found = grids.requantize(codes, spec, WHOLE, want=Want(True, torch.bfloat16))
+        assert isinstance(found, BlockScaledTensor)
+        assert found.carrier is not None
+        yield from differences(f"{spec.label()} from tiles", expected, replace(found, carrier=None))
+        for carrier in (found.carrier, grid_values.to_carrier(replace(found, carrier=None), torch.bfloat16)):
+            assert carrier.rows is not None
+            factors = carrier.rows[~carrier.rows.isnan()]
+            if not carrier.near or not ((factors >= 2.0**-8) & (factors < 2)).all():
+                yield f"{spec.label()}: factors of tiles far from each other"
+            if not all(map(same, _parts(carrier), _factors_of(expected))):
+                yield f"{spec.label()}: carrier of tiles"
+
+
+def _factors_of(q: BlockScaledTensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    found = _factors(q)
+    return found.inner, found.rows, found.scale
 
 
 def of_requantizers(device: torch.device) -> Iterator[str]:
@@ -215,10 +280,13 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a, b)
 
 
+CHECKS = (of_quantizers, of_levels, of_tiles, of_requantizers, of_shards, of_moments, of_products)
+
+
 def main() -> int:
     """Print every difference."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = [d for check in (of_quantizers, of_requantizers, of_shards, of_moments, of_products) for d in check(device)]
+    found = [difference for check in CHECKS for difference in check(device)]
     print("\n".join(found) if found else f"no difference in {len(specs())} specs on {device}")
     return bool(found)
 

@@ -30,11 +30,11 @@ ROUNDING = 2e-3  # of results in bf16, where the order of a sum has moved a few 
 TOKENS, INPUTS, OUTPUTS = 128, 256, 128
 
 
-def differences(names: Iterable[str], device: torch.device) -> Iterator[str]:
+def differences(names: Iterable[str], device: torch.device, backend: str = "triton") -> Iterator[str]:
     """Of y, dX and dW, relative to their norms."""
     for name in names:
         for linear, recipe in load_recipe(name).linears.items():
-            found, expected = run(recipe, device, "triton"), run(recipe, torch.device("cpu"), "reference")
+            found, expected = run(recipe, device, backend), run(recipe, torch.device("cpu"), "reference")
             for what, a, b in zip(("y", "dX", "dW"), found, expected, strict=True):
                 error = float((a - b).norm() / b.norm())
                 if not error <= ROUNDING:

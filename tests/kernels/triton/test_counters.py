@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from fp4dist.kernels.triton import counters
 from fp4dist.kernels.triton.counters import WORDS, recorded, zeroed
+from fp4dist.kernels.triton.quantize import _constant as constant
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def test_a_graph_has_blocks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
-    monkeypatch.setattr(counters, "_left", {})
+    monkeypatch.setattr(counters._counters, "left", {})
     capturing = False
     eager = zeroed(device)
     capturing = True
@@ -44,3 +45,13 @@ def test_a_graph_has_blocks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alone.untyped_storage().nbytes() == 4 * WORDS, "nothing to share in a graph that nobody announced"
     capturing = False
     assert zeroed(device).untyped_storage().data_ptr() == eager.untyped_storage().data_ptr()
+
+
+def test_what_outlives_an_evaluation_can_be_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd refuses to save a tensor that was made in inference mode."""
+    for blocks in (counters._counters, counters._numbers, counters._factors):
+        monkeypatch.setattr(blocks, "left", {})
+    constant.cache_clear()
+    with torch.inference_mode():
+        made = [zeroed(CPU), counters.zero(CPU), counters.unset(CPU), constant(1.0, CPU)]
+    assert not any(t.is_inference() for t in made)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fp4dist.kernels.triton.eden import bounds_of_correction
+from fp4dist.kernels.triton.eden import bounds_of_corrected, bounds_of_correction
 from fp4dist.numerics import codes
 from fp4dist.numerics.scales import target_max
 from fp4dist.spec.blocks import Eden
@@ -38,6 +38,18 @@ def test_no_correction_reaches_the_bound(v: float) -> None:
     u[:, 15] = v
     assert least < corrections(u).min()
     assert corrections(u).max() < most
+
+
+def test_scales_that_may_be_half_larger_stay_within_their_bounds() -> None:
+    """A block keeps the scale of its amax or takes 1.5 of it; what is corrected is above and below both."""
+    v = target_max(6.0, Eden().headroom)
+    least, most = bounds_of_corrected(v, True)
+    u = torch.rand(50000, 16, generator=torch.Generator().manual_seed(0)) * v
+    u[:, 15] = v
+    both = torch.cat([corrections(u), 1.5 * corrections(u / 1.5)])
+    assert least < both.min()
+    assert 1.25 < both.max() < most
+    assert bounds_of_corrected(v, False) == bounds_of_correction(v)
 
 
 def test_a_bound_that_nothing_proves_skips_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fp4dist.kernels.triton import powers
+from fp4dist.kernels.triton import eden, powers
 from fp4dist.kernels.triton import quantize as module
 from fp4dist.kernels.triton.launch import integer
 from fp4dist.numerics.tensor import Want
@@ -24,6 +25,7 @@ SPECS = (
     {"format": "mxfp4"},
     {"format": "mxfp4", "scale": "quest", "rotation": {"size": 32, "signs": "none"}},
 )
+EDEN = {"format": "nvfp4", "rounding": "eden", "rotation": {"size": 128, "signs": "fresh"}}
 ROWS = (1, 16, 48, 128, 160, 4096)
 COLUMNS = (128, 256, 384, 512, 768, 1024, 1152, 1536, 2048, 2816, 3072, 5632)
 
@@ -70,3 +72,34 @@ def test_sources_of_one_form_share_its_constants(data: dict[str, Any], monkeypat
             assert found.amax.constants == alone.amax.constants, source.shape
             assert compiled.setdefault(found.amax.form, specialization(source)) == specialization(source)
         assert compiled.setdefault(found.form, specialization(source)) == specialization(source), source.shape
+
+
+@pytest.mark.parametrize("data", [SPECS[0], EDEN], ids=["nearest", "eden"])
+def test_what_is_kept_holds_no_matrix(data: dict[str, Any]) -> None:
+    """Activations and gradients would stay for as many sizes as there are."""
+    setup = eden._Setup if data is EDEN else module._Setup
+    spec = build(QuantSpec, data)
+    want = Want(codes=True, carrier=torch.bfloat16)
+    for turned in (False, True):
+        x = torch.empty(128, 256, dtype=torch.bfloat16)
+        found = setup.of(x.t() if turned else x, spec, want)[0]
+        assert setup.of(x.t() if turned else x, spec, want)[0] is found, "not kept"
+        memory = x.untyped_storage().data_ptr()
+        holders = [t for t in gc.get_objects() if type(t) is torch.Tensor and t is not x]
+        assert not [t for t in holders if t.untyped_storage().data_ptr() == memory]
+
+
+def test_sources_of_one_form_are_read_in_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MS-EDEN reads rows as words of two bf16, unless their stride or address is odd."""
+    spec = build(QuantSpec, EDEN)
+    whole = torch.empty(64, 1026, dtype=torch.bfloat16)
+    odd = torch.empty(64 * 1025 + 8, dtype=torch.bfloat16)
+    matrices = [whole[:, :1024], whole[:, 2:], odd[8:].view(64, 1025)[:, :1024], odd[: 64 * 1025].view(64, 1025)[:, 1:]]
+    monkeypatch.setattr(eden, "_FORMS", {})
+    seen: dict[object, object] = {}
+    for x in matrices:
+        source = module._Source.of(x)
+        words, stride = eden._words(source)
+        read = words.dtype, words.data_ptr() % 16 == 0, integer(stride), *map(integer, source.shape)
+        assert seen.setdefault(eden._Form.of(source, spec).name, read) == read
+    assert len({read[0] for read in seen.values()}) == 2  # type: ignore[index]

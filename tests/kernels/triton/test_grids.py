@@ -22,7 +22,7 @@ def test_the_interpreted_kernels_have_the_references_bits() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("what", ["quantizers", "requantizers", "shards", "products"])
+@pytest.mark.parametrize("what", ["quantizers", "levels", "tiles", "requantizers", "shards", "products"])
 def test_the_compiled_kernels_have_the_references_bits(what: str) -> None:
     from tests.kernels.triton import grids_parity
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from fp4dist.kernels.triton import launch as module
-from fp4dist.kernels.triton.launch import integer, launch
+from fp4dist.kernels.triton.launch import Launch, integer, launch
 
 
 class Compiled:
@@ -70,6 +71,31 @@ def test_compiled_kernels_that_are_called_otherwise_are_looked_up() -> None:
     kernel = Kernel(takes=2)
     for _ in range(3):
         launch(kernel, 1, ("x", 1), {"R": 16, "N": 64}, "a form")
+    assert len(kernel.looked_up) == 3
+    assert not kernel.compiled.calls
+
+
+def test_a_launch_looks_its_kernel_up_once() -> None:
+    """With words where the kernel has words; what is compiled gets the same memory as it was given."""
+    kernel = Kernel()
+    launch = Launch(kernel, {"N": 64, "R": 16, "num_warps": 4}, (0,))
+    x = torch.zeros(4, 6, dtype=torch.bfloat16)
+    for n, given in ((5, x), (6, x), (7, x.t())):
+        launch(n, given, n)
+    ((grid, (words, _), _),) = kernel.looked_up
+    assert grid == (5,)
+    assert (words.dtype, words.shape, words.data_ptr()) == (torch.int32, (4, 3), x.data_ptr())
+    assert [(grid[0], more[0].data_ptr(), *more[1:]) for grid, more in kernel.compiled.calls] == [
+        (n, x.data_ptr(), n, 16, 64) for n in (6, 7)
+    ]
+    assert launch.typed((x.t(), 1))[0].shape == (4, 3)
+
+
+def test_a_launch_whose_compiled_kernel_is_called_otherwise_is_looked_up() -> None:
+    kernel = Kernel(takes=2)
+    launch = Launch(kernel, {"R": 16, "N": 64})
+    for _ in range(3):
+        launch(1, "x", 1)
     assert len(kernel.looked_up) == 3
     assert not kernel.compiled.calls
 
