@@ -86,7 +86,10 @@ class Problem(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Descriptors and the chosen algorithm, as addresses; they live as long as their thread."""
+    """Descriptors and the chosen algorithm, as addresses; they live as long as their thread.
+
+    scales   of the second operand and of the first: where their address is written, and how it then is given
+    """
 
     handle: int
     operation: int
@@ -97,6 +100,7 @@ class _Plan(NamedTuple):
     algorithm: int
     workspace: int  # bytes
     beta: tuple[int, int]  # addresses of 0 and 1
+    scales: tuple[tuple[ctypes.c_void_p, tuple[Any, ...]], ...] = ()
 
 
 class _Local(threading.local):
@@ -195,10 +199,22 @@ def _set_factors(
 
 
 def _point(plan: _Plan, first: Tensor, second: Tensor) -> None:
-    for where, factors in zip(_DESC_SCALES, (first, second), strict=True):
-        status = _status(_lib().cublasLtMatmulDescSetAttribute, plan.operation, where, _address(factors))
+    setter = _lib().cublasLtMatmulDescSetAttribute
+    for (address, given), factors in zip(plan.scales, (first, second), strict=True):
+        address.value = factors.data_ptr()
+        status = setter(*given)
         if status:
             raise RuntimeError(f"cuBLASLt: setting the pointer to a scale returned {status} ({_STATUS.get(status)})")
+
+
+def _scales_of(operation: ctypes.c_void_p) -> tuple[tuple[ctypes.c_void_p, tuple[Any, ...]], ...]:
+    """For `_Plan`: arguments of cublasLtMatmulDescSetAttribute, which reads the address when it is called."""
+    addresses = [ctypes.c_void_p() for _ in _DESC_SCALES]
+    size = ctypes.c_size_t(ctypes.sizeof(ctypes.c_void_p))
+    return tuple(
+        (address, (operation, where, ctypes.byref(address), size))
+        for where, address in zip(_DESC_SCALES, addresses, strict=True)
+    )
 
 
 def _alpha(one: Tensor, scale_a: Tensor | None, scale_b: Tensor | None, rotation: int) -> Tensor:
@@ -288,7 +304,7 @@ def _plan(problem: Problem) -> _Plan | None:
     handle, beta = _handle(p.device), (constant(p.device, 0.0).data_ptr(), constant(p.device, 1.0).data_ptr())
     return _Plan(
         handle.value or 0, operation.value or 0, first.value or 0, second.value or 0, result.value or 0, heuristic,
-        ctypes.addressof(heuristic.algorithm), heuristic.workspace, beta,
+        ctypes.addressof(heuristic.algorithm), heuristic.workspace, beta, _scales_of(operation),
     )  # fmt: skip
 
 
@@ -366,13 +382,8 @@ def _takes(setter: Any, what: ctypes.c_void_p, name: int, value: Any) -> bool:
     return _status(setter, what, name, value) == 0
 
 
-def _status(setter: Any, what: ctypes.c_void_p | int, name: int, value: Any) -> int:
-    return setter(
-        ctypes.c_void_p(what) if isinstance(what, int) else what,
-        name,
-        ctypes.byref(value),
-        ctypes.c_size_t(ctypes.sizeof(value)),
-    )
+def _status(setter: Any, what: ctypes.c_void_p, name: int, value: Any) -> int:
+    return setter(what, name, ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value)))
 
 
 def _check(status: int, call: str, problem: Problem | tuple[Any, ...]) -> None:

@@ -40,7 +40,7 @@ class Carrying:
     """One linear's carriers.
 
     types      slot -> the type in which its GEMM multiplies it; a slot without one gives codes
-    wants      slot -> what its quantizer is to give, where that is not codes alone
+    wants      slot -> what its quantizer is to give in a training pass, where that is not codes alone
     decoders   slot -> kernel that turns its codes into a carrier
     lost       slot -> [] int32 on the device, the most elements that one of its carriers has lost so far; empty where
                nobody reads it
@@ -60,18 +60,18 @@ class Carrying:
         slots = [slot for slot in self.types if slot.split(".")[0] in self.laddered]
         self.lost = {slot: lost[slot] for slot in slots if slot in lost}
         self.spreads = {slot: spreads[slot] for slot in slots if slot in spreads}
+        for slot, want in self.wants.items():
+            if want.carrier is not None:
+                self.wants[slot] = want._replace(lost=self.lost.get(slot), spread=self.spreads.get(slot))
 
     def want(self, slot: str, training: bool) -> Want:
         """What the slot's quantizer gives now: without a backward pass nobody reads codes beside a carrier, and nobody
         counts what it has lost.
         """
         want = self.wants.get(slot, CODES)
-        if want.carrier is None:
+        if training or want.carrier is None:
             return want
-        if not training:
-            return want._replace(codes=False, mask=False)
-        lost, spread = self.lost.get(slot), self.spreads.get(slot)
-        return want if want.lost is lost and want.spread is spread else want._replace(lost=lost, spread=spread)
+        return want._replace(codes=False, mask=False, lost=None, spread=None)
 
     def of(self, slot: str, operand: Operand) -> Operand:
         """The operand as its GEMM takes it: its carrier, where the GEMM has a type."""

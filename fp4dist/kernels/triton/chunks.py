@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton import lanes
 
 
 @triton.jit
@@ -35,12 +36,11 @@ def _row_chunks(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexp
                 EVEN: tl.constexpr):  # fmt: skip
     """[G, E] elements of a matrix with contiguous columns, G = R * N / E chunks in row-major order; 0 outside."""
     P: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # elements of a thread's vector
-    r = tl.arange(0, R)[None, :, None, None]
-    part = tl.arange(0, E // P)[None, None, :, None] * P + tl.arange(0, P)[None, None, None, :]
-    c = tl.arange(0, N // E)[:, None, None, None] * E + part  # parts last: a thread takes all of a chunk
+    run, place = lanes.runs(R * N // E, E, P)
+    r, c = run // (N // E), run % (N // E) * E + place
     start = x + (row.to(tl.int64) * stride + col)
     y = _load(start + (r * stride + c), (row + r < rows) & (col + c < cols), EVEN)
-    return tl.reshape(tl.permute(y, (1, 0, 2, 3)), (R * N // E, E))
+    return lanes.of_runs(y, R * N // E, E)
 
 
 @triton.jit
@@ -51,12 +51,10 @@ def _word_chunks(x, stride, row, col, rows, cols, S: tl.constexpr, R: tl.constex
     stride   words from one column to the next
     """
     W: tl.constexpr = 32 * E // N  # words side by side in a warp, whose other threads lie along the columns
-    c = tl.arange(0, N // E)[None, :, None, None] * E + tl.arange(0, E)[None, None, None, :]
-    w = tl.arange(0, R // S // W)[None, None, :, None] * W + tl.arange(0, W)[:, None, None, None]
-    w = tl.max_contiguous(w, (1, 1, 1, 1))  # one word a thread: neighbours along the columns stay in its registers
+    w, c = lanes.words(R // S, N, E, W)
     start = x + (col.to(tl.int64) * stride + row // S)
     word = _load(start + (c * stride + w), (row + w * S < rows) & (col + c < cols), EVEN)
-    return tl.reshape(tl.permute(word, (2, 0, 1, 3)), (R // S * N // E, E))
+    return tl.reshape(lanes.of_words(word, R // S, N, E, W), (R // S * N // E, E))
 
 
 @triton.jit
@@ -64,11 +62,10 @@ def _stored_scales(scales, row, col, rows, cols, QBR: tl.constexpr, QBC: tl.cons
                    N: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     """[G, E] int32 scale bytes of words of eight codes, as `_word_chunks` has them; blocks [QBR, QBC] of the codes."""
     W: tl.constexpr = 32 * E // N
-    c = col + tl.arange(0, N // E)[None, :, None, None] * E + tl.arange(0, E)[None, None, None, :]
-    w = tl.arange(0, R // 8 // W)[None, None, :, None] * W + tl.arange(0, W)[:, None, None, None]
-    r = row + w * 8
-    stored = _load(scales + (c // QBR * (rows // QBC) + r // QBC), (r < rows) & (c < cols), EVEN)
-    return tl.reshape(tl.permute(stored, (2, 0, 1, 3)), (R // 8 * N // E, E)).to(tl.int32)
+    w, c = lanes.words(R // 8, N, E, W)
+    place = (col // QBR + c // QBR) * (rows // QBC) + row // QBC + w * 8 // QBC  # tiles begin where blocks do
+    stored = _load(scales + place, (row + w * 8 < rows) & (col + c < cols), EVEN)
+    return tl.reshape(lanes.bytes_of_words(stored, R // 8, N, E, W, QBR), (R // 8 * N // E, E))
 
 
 @triton.jit

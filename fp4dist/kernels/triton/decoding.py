@@ -1,4 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 # Triton's own language: its kernels' parameters have no types, branches on constants look like run-time ones.
 """Device code: codes -> the values that a GEMM multiplies, in bf16 or FP8, straight or transposed."""
 
@@ -8,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton import lanes
 
 
 @triton.jit
@@ -23,14 +25,14 @@ def _straight(codes, scales, row, col, rows, cols, R: tl.constexpr, N: tl.conste
               BC: tl.constexpr):  # fmt: skip
     """[R, N/8, 1] words of eight codes, and the bytes of their scales: a thread has whole words."""
     # the third dimension, of the codes, is there from the start: layouts do not pass through an added one
-    w = tl.max_contiguous(tl.arange(0, N // 8)[:, None, None], (1, 1, 1))
-    r = tl.arange(0, R)[None, :, None]
+    i = tl.arange(0, R * N // 8)[:, None]
+    r, w = i // (N // 8), tl.max_contiguous(i % (N // 8), (1, 1))
     inside = (row + r < rows) & (col + w * 8 < cols)
     start = codes + (row.to(tl.int64) * (cols // 8) + col // 8)
-    words = tl.permute(tl.load(start + (r * (cols // 8) + w), mask=inside, other=0), (1, 0, 2))
+    words = tl.reshape(tl.load(start + (r * (cols // 8) + w), mask=inside, other=0), (R, N // 8, 1))
     start = scales + (row // BR).to(tl.int64) * (cols // BC)
     stored = tl.load(start + (((row % BR) + r) // BR * (cols // BC) + (col + w * 8) // BC), mask=inside, other=0)
-    return words, tl.permute(stored, (1, 0, 2)).to(tl.int32)
+    return words, tl.reshape(stored, (R, N // 8, 1)).to(tl.int32)
 
 
 @triton.jit
@@ -63,16 +65,15 @@ def _turned(codes, scales, row, col, rows, cols, R: tl.constexpr, N: tl.constexp
     """The same from codes [cols, rows / 2] of the transpose, whose blocks are [BR, BC]: a thread has the codes of two
     rows and E columns.
     """
-    r = tl.max_contiguous(tl.arange(0, W)[:, None, None, None], (1, 1, 1, 1))
-    r = r + tl.arange(0, R // 2 // W)[None, None, :, None] * W
-    c = tl.arange(0, N // E)[None, :, None, None] * E + tl.arange(0, E)[None, None, None, :]
-    inside = (row + r * 2 < rows) & (col + c < cols)
+    r, c = lanes.words(R // 2, N, E, W)
+    inside = (row + r * 2 < rows) & (col + c // BR * BR < cols)
     start = codes + (col.to(tl.int64) * (rows // 2) + row // 2)
-    byte = tl.load(start + (c * (rows // 2) + r), mask=inside, other=0).to(tl.int32)
-    place = (col + c) // BR * (rows // BC) + (row + r * 2) // BC
-    stored = tl.load(scales + place, mask=inside, other=0).to(tl.int32)
-    nibble = tl.permute(tl.join(byte << 28, byte << 24), (2, 0, 4, 1, 3))
-    both = tl.permute(tl.join(stored, stored), (2, 0, 4, 1, 3))
+    byte = tl.load(start + (c * (rows // 2) + r), mask=inside, other=0)
+    byte = lanes.of_words(byte, R // 2, N, E, W).to(tl.int32)
+    place = (col // BR + c // BR) * (rows // BC) + row // BC + r * 2 // BC  # tiles begin where blocks do
+    stored = lanes.bytes_of_words(tl.load(scales + place, mask=inside, other=0), R // 2, N, E, W, BR)
+    nibble = tl.permute(tl.join(byte << 28, byte << 24), (0, 1, 4, 2, 3))
+    both = tl.permute(tl.join(stored, stored), (0, 1, 4, 2, 3))
     return tl.reshape(nibble, (R, N)), tl.reshape(both, (R, N))
 
 

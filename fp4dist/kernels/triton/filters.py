@@ -13,8 +13,9 @@ The bits are those of `fp4dist.numerics.estimators`.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4dist.kernels.triton import arithmetic as a
-from fp4dist.kernels.triton.launch import integer, launch
+from fp4dist.kernels.triton import lanes
+from fp4dist.kernels.triton.launch import Launch, integer, launch
 from fp4dist.kernels.triton.signs import flip, sign_words
 from fp4dist.numerics.scales import fp32
 from fp4dist.numerics.tensor import BlockScaledTensor, Key
@@ -39,15 +41,14 @@ _WORDS = {16: torch.int16, 32: torch.int32}  # of packed bits, one for the colum
 def _load(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr):
     """[G, E] fp32 values of the tile [R, N] of a row-major matrix, G = R * N / E chunks of E columns; 0 outside."""
     P: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # elements of a thread's vector
-    r = tl.arange(0, R)[None, :, None, None]
-    part = tl.arange(0, E // P)[None, None, :, None]  # here, so that Triton gives a thread all parts of a chunk
-    c = tl.arange(0, N // E)[:, None, None, None] * E + part * P + tl.arange(0, P)[None, None, None, :]
+    run, place = lanes.runs(R * N // E, E, P)
+    r, c = run // (N // E), run % (N // E) * E + place
     start = x + (row.to(tl.int64) * stride + col)
     if EVEN:
         y = tl.load(start + (r * stride + c))
     else:
         y = tl.load(start + (r * stride + c), mask=(row + r < rows) & (col + c < cols), other=0.0)
-    y = tl.reshape(tl.permute(y, (1, 0, 2, 3)), (R * N // E, E))
+    y = lanes.of_runs(y, R * N // E, E)
     if y.dtype == tl.bfloat16:  # by bits: the interpreter's cast loses subnormal numbers
         y = a.floats(y.to(tl.int16, bitcast=True).to(tl.int32) << 16)
     return y
@@ -181,8 +182,8 @@ def original_kernel(
 ):  # fmt: skip
     """Values of E2M1 codes in words of eight, in the original basis. root: ROT^-1/2;  out as for `filter_kernel`."""
     row, col = tl.program_id(0) * R, tl.program_id(1) * N
-    r = tl.arange(0, R)[None, :, None]
-    w = tl.arange(0, N // E)[:, None, None] * (E // 8) + tl.arange(0, E // 8)[None, None, :]  # as in `_load`
+    run, place = lanes.runs(R * N // E, E // 8, E // 8)
+    r, w = run // (N // E), run % (N // E) * (E // 8) + place
     at = codes + (row.to(tl.int64) * (cols // 8) + col // 8 + r * (cols // 8) + w)
     if EVEN:
         words = tl.load(at)
@@ -190,9 +191,7 @@ def original_kernel(
         words = tl.load(at, mask=(row + r < rows) & (col + w * 8 < cols), other=0)
     stored = _chunks(scales, row, col, rows, cols, R, N, E, BR, EVEN).to(tl.int32)
     scale = a.decode_e8m0(stored) if E8M0 else a.decode_e4m3(stored)
-    nibble = (
-        tl.reshape(tl.permute(words, (1, 0, 2)), (R * N // E, E // 8, 1)) << (28 - 4 * tl.arange(0, 8))[None, None, :]
-    )
+    nibble = tl.reshape(words, (R * N // E, E // 8, 1)) << (28 - 4 * tl.arange(0, 8))[None, None, :]
     y = a.e2m1_signed(tl.reshape(nibble, (R * N // E, E)))
     y = y * scale[:, None] * (tl.load(outer) * root)
     y = a.rotate(y, R * N // E, E, ROT) * root
@@ -240,47 +239,80 @@ def filter_by_mask(
     """
     gradient = _row_major(gradient)
     result = torch.empty_like(gradient, dtype=out) if into is None else into
-    columns = 16 if gradient.shape[1] % 32 else 32
-    bits = (kept if kept.is_contiguous() else kept.contiguous()).view(_WORDS[columns])
-    none = gradient
-    _filter(
-        gradient, (bits, none, 0, none, none, sign_words(rotation, key, gradient.device)), result, rotation, columns,
-        (1.0, 1.0, 1.0), {"BR": 1, "E8M0": True, "KEPT": True, "ADD": into is not None},
+    kept = kept if kept.is_contiguous() else kept.contiguous()
+    found = _ByMask.of(gradient, kept, result, rotation, into is not None)
+    signs = sign_words(rotation, key, gradient.device) if found.signs is None else found.signs
+    found.run(
+        found.programs, gradient, found.stride, kept, gradient, 0, gradient, gradient, signs, result, *found.shape,
+        1.0, 1.0, 1.0, found.inverse,
     )  # fmt: skip
     return result
+
+
+class _ByMask(NamedTuple):
+    """What is the same for all gradients of one size and layout that pass a mask.
+
+    signs   of a rotation whose signs are always the same; None: fresh ones
+    """
+
+    run: Launch
+    programs: int
+    stride: int
+    shape: tuple[int, int]
+    inverse: float
+    signs: Tensor | None
+
+    @classmethod
+    def of(cls, gradient: Tensor, kept: Tensor, out: Tensor, rotation: Hadamard | None, adds: bool) -> _ByMask:
+        turned = None if rotation is None else (rotation.size, rotation.signs, rotation.mask)
+        kinds = gradient.dtype, kept.dtype, out.dtype
+        aligned = gradient.data_ptr() % 16, kept.data_ptr() % 16, out.data_ptr() % 16
+        at = gradient.shape, gradient.stride(0), kinds, aligned, turned, adds, gradient.device
+        found = _BY_MASK.get(at)
+        if found is None:
+            if len(_BY_MASK) > _MOST:  # sizes that are always new, as experts' tokens
+                _BY_MASK.clear()
+            found = _BY_MASK[at] = cls._new(gradient, out, rotation, adds, (kinds, aligned))
+        return found
+
+    @classmethod
+    def _new(cls, gradient: Tensor, out: Tensor, rotation: Hadamard | None, adds: bool, memory: Hashable) -> _ByMask:
+        stride, (rows, cols), device = gradient.stride(0), gradient.shape, gradient.device
+        columns = 16 if cols % 32 else 32
+        (across, down), constants = _tiles(gradient, rotation, columns)
+        constants |= {"BR": 1, "E8M0": True, "KEPT": True, "ADD": adds, "ASM": _has_asm(device)}
+        form = memory, *map(integer, (stride, rows, cols)), *constants.values(), device
+        words, halves = (2,) * (columns == 32) + (8,) * (out.dtype != torch.float32), (2,) * (columns == 16)
+        run = _RUNS.setdefault(form, Launch(filter_kernel, constants, words, halves))
+        fresh = rotation is not None and rotation.signs == "fresh"
+        signs = None if fresh else sign_words(rotation, None, device)
+        return cls(run, across * down, stride, (rows, cols), 1.0 / constants["ROT"], signs)
+
+
+_BY_MASK: dict[Hashable, _ByMask] = {}
+_RUNS: dict[Hashable, Launch] = {}
+_MOST = 4096  # sizes that are kept
 
 
 def filter_by_scales(
     gradient: Tensor, x: Tensor, stored: Tensor, global_scale: Tensor, spec: QuantSpec, key: Key | None
 ) -> Tensor:
     """See `fp4dist.numerics.estimators.filter_by_scales`."""
-    gradient, x = _row_major(gradient), _row_major(x)
-    out = torch.empty_like(gradient)
-    signs = sign_words(spec.rotation, key, x.device)
-    _filter(
-        gradient, (stored, x, x.stride(0), stored.contiguous(), global_scale, signs), out, spec.rotation,
-        _block_columns(x, stored), _factors(spec),
-        {"BR": _block_rows(x, stored), "E8M0": spec.format.scale.name == "e8m0", "KEPT": False, "ADD": False},
+    gradient, x, stored = _row_major(gradient), _row_major(x), stored.contiguous()
+    out, device = torch.empty_like(gradient), gradient.device
+    columns, rows, e8m0 = _block_columns(x, stored), _block_rows(x, stored), spec.format.scale.name == "e8m0"
+    (across, down), constants = _tiles(gradient, spec.rotation, columns)
+    constants |= {"BR": rows, "E8M0": e8m0, "KEPT": False, "ADD": False, "ASM": _has_asm(device)}
+    signs, sizes = sign_words(spec.rotation, key, device), (gradient.stride(0), *gradient.shape, x.stride(0))
+    given = gradient, stored, x, stored, global_scale, signs, _in_words(out)
+    aligned = (t.data_ptr() % 16 == 0 for t in given)
+    form = "filter", *aligned, *(t.dtype for t in given), *map(integer, sizes), *constants.values(), device
+    arguments = (
+        gradient, gradient.stride(0), stored, x, x.stride(0), *given[3:], *gradient.shape, *_factors(spec),
+        1.0 / constants["ROT"],
     )  # fmt: skip
+    launch(filter_kernel, across * down, arguments, constants, form)
     return out
-
-
-def _filter(
-    gradient: Tensor, given: tuple[Any, ...], out: Tensor, rotation: Hadamard | None, columns: int,
-    factors: tuple[float, ...], flags: dict[str, Any],
-) -> None:  # fmt: skip
-    """Launch `filter_kernel`. given: its arguments from `bits` to `signs`."""
-    (across, down), constants = _tiles(gradient, rotation, columns)
-    stride, shape, result = gradient.stride(0), gradient.shape, _in_words(out)
-    arguments = gradient, stride, *given, result, *shape, *factors, 1.0 / constants["ROT"]
-    aligned = [t.data_ptr() % 16 == 0 for t in (gradient, *given, result) if isinstance(t, Tensor)]
-    kinds = [t.dtype for t in (gradient, *given, out) if isinstance(t, Tensor)]
-    sizes = (integer(n) for n in (stride, *shape, *(n for n in given if isinstance(n, int))))
-    form = (
-        "filter", *aligned, *kinds, *sizes, *flags.values(),
-        *(constants[name] for name in ("E", "ROT", "SIGNED", "EVEN")), gradient.device,
-    )  # fmt: skip
-    launch(filter_kernel, across * down, arguments, {**constants, **flags, "ASM": _has_asm(gradient.device)}, form)
 
 
 def why_no_original(q: BlockScaledTensor) -> str | None:

@@ -42,14 +42,17 @@ def launch(
 class Launch:
     """One kernel under one set of constants, for all matrices that one compiled kernel serves; see `launch`.
 
-    words   places of arguments whose memory the kernel reads or writes as int32. They may be given in any type: what is
-            compiled takes their addresses alone, and where Triton has to look they are viewed as words
+    words    places of arguments whose memory the kernel reads or writes as int32. They may be given in any type: what
+             is compiled takes their addresses alone, and where Triton has to look they are viewed as words
+    halves   likewise, of those that are int16 to it
     """
 
-    __slots__ = ("_compiled", "_constants", "_kernel", "_words")
+    __slots__ = ("_compiled", "_constants", "_halves", "_kernel", "_words")
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], words: tuple[int, ...] = ()) -> None:
-        self._kernel, self._constants, self._words = kernel, constants, words
+    def __init__(
+        self, kernel: Any, constants: dict[str, Any], words: tuple[int, ...] = (), halves: tuple[int, ...] = ()
+    ) -> None:
+        self._kernel, self._constants, self._words, self._halves = kernel, constants, words, halves
         self._compiled: tuple[Any, Any, Any, tuple[Any, ...]] | Literal[False] | None = None  # False: called otherwise
 
     def __call__(self, programs: int, *arguments: Any) -> None:
@@ -72,6 +75,8 @@ class Launch:
         found = list(arguments)
         for place in self._words:
             found[place] = _in_words(found[place])
+        for place in self._halves:
+            found[place] = found[place].view(torch.int16)
         return found
 
 

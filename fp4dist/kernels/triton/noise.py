@@ -54,7 +54,8 @@ def _where(
 @lru_cache(maxsize=16)
 def _unread(device: torch.device) -> Tensor:
     """[2] int32 for kernels that draw nothing."""
-    return Moment(device).time
+    with torch.inference_mode(False):  # they outlive the pass
+        return Moment(device).time
 
 
 def moment(key: Key, device: torch.device) -> Moment:

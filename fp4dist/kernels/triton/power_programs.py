@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton import lanes
 from fp4dist.kernels.triton import power_bits as bits
 from fp4dist.kernels.triton import programs as p
 from fp4dist.kernels.triton.noise import PLACE
@@ -54,26 +55,25 @@ def _turned_codes(
     Triton give a thread 32 columns.
     """
     G: tl.constexpr = R * N // 32
-    factor = tl.reshape(tl.load(tl.broadcast_to(
-        table + (tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]), (G, 8, 4)
-    )), (G, 32))  # fmt: skip
-    t = tl.arange(0, N)[None, :, None]
-    b = tl.arange(0, R // 32)[:, None, None]
-    at = x + (col.to(tl.int64) * stride + row // 8) + (t * stride + b * 4 + tl.arange(0, 4)[None, None, :])
-    place = qscales + (col.to(tl.int64) * (rows // 32) + row // 32)
-    place += tl.arange(0, N)[None, :] * (rows // 32) + tl.arange(0, R // 32)[:, None]
+    factor = lanes.of_runs(tl.load(table + lanes.runs(G, 32, 4)[1]), G, 32)
+    run, place = lanes.runs(G, 4, 4)
+    t, b = run // (R // 32), run % (R // 32)
+    at = x + (col.to(tl.int64) * stride + row // 8) + (t * stride + b * 4 + place)
+    scale_at = qscales + (col.to(tl.int64) * (rows // 32) + row // 32)
+    scale_at += tl.arange(0, N)[None, :] * (rows // 32) + tl.arange(0, R // 32)[:, None]
     if EVEN:
-        words, stored = tl.load(at), tl.load(place)
+        words, stored = tl.load(at), tl.load(scale_at)
     else:
         words = tl.load(at, mask=(col + t < cols) & (row + b * 32 < rows), other=0)
         inside = (col + tl.arange(0, N)[None, :] < cols) & (row + tl.arange(0, R // 32)[:, None] * 32 < rows)
-        stored = tl.load(place, mask=inside, other=0)
+        stored = tl.load(scale_at, mask=inside, other=0)
     scale = tl.reshape(a.decode_e8m0(stored.to(tl.int32)), (G,))
     common = tl.load(qglobal) * root
     if SIGNED:
         word = tl.broadcast_to((tl.load(signs) >> (tl.arange(0, N) % 32))[None, :], (R // 32, N))
         common = a.floats(a.bits(common) ^ (tl.reshape(word, (G,)) << 31))[:, None]
-    y = bits.unpacked(tl.reshape(words, (G, 4)), G, ASM) * scale[:, None] * common
+    words = tl.reshape(tl.permute(tl.reshape(words, (N, R // 32, 4)), (1, 0, 2)), (G, 4))
+    y = bits.unpacked(words, G, ASM) * scale[:, None] * common
     y = tl.permute(tl.reshape(a.rotate(y, G, 32, 32), (R // 32, N, 32)), (0, 2, 1))
     y = tl.reshape(y, (R * N // 32, 32)) * factor
     if FLIPS:
@@ -90,10 +90,9 @@ def _held_codes(x, stride, qscales, row, col, rows, cols, R: tl.constexpr, N: tl
     """
     G: tl.constexpr = R // 8 * N // 32
     words = p._turned(x, stride, row, col, rows, cols, R, N, 32, 8, W, True)
-    c = tl.arange(0, N // 32)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
-    r = tl.arange(0, R // 8 // W)[None, None, :, None] * W + tl.arange(0, W)[:, None, None, None]
+    r, c = lanes.words(R // 8, N, 32, W)
     start = qscales + (col.to(tl.int64) * (rows // 32) + row // 32)
-    stored = tl.permute(tl.load(start + (c * (rows // 32) + r // 4)), (2, 0, 1, 3)).to(tl.int32)
+    stored = lanes.of_words(tl.load(start + (c * (rows // 32) + r // 4)), R // 8, N, 32, W).to(tl.int32)
     return tl.reshape(words, (G, 32)), a.decode_e8m0(tl.reshape(stored, (G, 32)))
 
 

@@ -1,44 +1,27 @@
-# pyright: reportCallIssue=false, reportArgumentType=false
-# (a launch takes options beside the kernel's own parameters)
 """The quantizers of E2M1 under power-of-two block scales: codes, FP8 or bf16 values, and mask bits in one pass."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.triton.counters import zeroed
-from fp4dist.kernels.triton.filters import _has_asm, original
-from fp4dist.kernels.triton.launch import launch
+from fp4dist.kernels.triton.counters import unset, zeroed
+from fp4dist.kernels.triton.filters import original
 from fp4dist.kernels.triton.noise import place
-from fp4dist.kernels.triton.power_programs import power_kernel, power_pair_kernel
+from fp4dist.kernels.triton.power_forms import BACK, HELD, NARROW, Form, Pair, is_one
 from fp4dist.kernels.triton.quantize import Side, _constant, _number, _Source
 from fp4dist.kernels.triton.signs import has_signs, sign_words
 from fp4dist.numerics.grouping import ReduceMax
-from fp4dist.numerics.scales import QUEST_E2M1, fp32
+from fp4dist.numerics.scales import fp32
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
 from fp4dist.spec.blocks import Ceil, Floor, Hadamard, Nearest, Quest, Stochastic
 from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
-
-_KINDS = {None: 0, torch.bfloat16: 16, torch.float8_e5m2: 5, torch.float8_e4m3fn: 4}
-# (rows, columns) of a tile and warps, by how the matrix is read (READ of `programs`) and the columns of a block
-_TILES = {
-    (0, 16): (32, 128, 4), (0, 32): (64, 128, 4), (1, 16): (64, 64, 4), (1, 32): (128, 64, 4),
-    (2, 16): (32, 128, 4), (2, 32): (64, 128, 4),
-}  # fmt: skip
-_NOISY = {(0, 32): (32, 128, 4)}  # more registers a block
-_WIDE = {16: (64, 128, 8), 32: (64, 128, 4)}  # for rotations that do not fit into the columns above
-_BACK = (128, 64, 4)  # for codes that are turned back: a warp has 32 rows side by side
-_TURNED = (128, 32, 4)  # for those that a thread can turn back alone (READ 3)
-_HELD = (256, 128, 4)  # for those of eight rows that a thread holds (READ 4)
-_SECOND = 264  # programs of the second launch, which mostly has nothing to do
-_AGAIN = {"AGAIN": True}
 
 
 def why_not(spec: QuantSpec) -> str | None:
@@ -68,7 +51,7 @@ def quantize(
     """
     if toward is not None:
         raise ValueError(f"{spec.label()}: the Triton quantizer takes no moving average")
-    return _Job(_Source.of(source), spec, key, want).run()
+    return _Job(source, _Setup.of(source, spec, want), key, want).run()
 
 
 def requantize(
@@ -80,13 +63,13 @@ def requantize(
     back   (rotation, key) whose basis the codes are in: their values are turned back from it first
     """
     if q.rotation == 1:
-        return _Job(_in_words(_Source.of(q), spec), spec, key, want).run()
+        return _Job(q, _Setup.of(q, spec, want, words=True), key, want).run()
     if back is None or back[0] is None or back[0].size != q.rotation:
         raise ValueError(f"requantize needs codes in the original basis, or that basis, got rotation {q.rotation}")
-    if q.rotation > 32 or (spec.rotation is not None and spec.rotation.size > _BACK[1]):
+    if q.rotation > 32 or (spec.rotation is not None and spec.rotation.size > BACK[1]):
         return quantize(original(q, back[0], back[1]).t(), spec, key, want=want)
-    src = _Source.of(q, (q.rotation, sign_words(*back, q.codes.device)))
-    return _Job(_in_words(src, spec), spec, key, want, has_signs(back[0])).run()
+    setup = _Setup.of(q, spec, want, (q.rotation, has_signs(back[0])), words=True)
+    return _Job(q, setup, key, want, sign_words(*back, q.codes.device)).run()
 
 
 def _in_words(src: _Source, spec: QuantSpec) -> _Source:
@@ -100,7 +83,7 @@ def _in_words(src: _Source, spec: QuantSpec) -> _Source:
     if src.stride % 4 or tensor.data_ptr() % 4:
         return src
     size = spec.rotation.size if spec.rotation else 1
-    tall, wide, _ = _HELD
+    tall, wide, _ = HELD
     read = 3 if (q.rotation, size) == (32, 32) else 4
     if read == 4 and ((q.rotation, size) != (1, 1) or rows % tall or cols % wide):
         return src
@@ -112,179 +95,176 @@ def quantize_pair(
 ) -> tuple[BlockScaledTensor | Carrier, BlockScaledTensor | Carrier]:
     """The operands of x [T, O] and of x^T [O, T]; bits as of two calls of `quantize`."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    sides = ((x, row), (x.t(), column))
-    first, second = (_Job(_Source.of(matrix), side.spec, side.key, side.want) for matrix, side in sides)
-    if not first.may_pair(second):
+    turned = x.t()
+    first = _Job(x, _Setup.of(x, row.spec, row.want), row.key, row.want)
+    second = _Job(turned, _Setup.of(turned, column.spec, column.want), column.key, column.want)
+    pair = Pair.of(first.setup.form, second.setup.form)
+    if pair is None:
         return first.run(), second.run()
-    return first.run_with(second)
+    arguments, (programs, again) = (*first.arguments(), *second.arguments()), first.setup.programs
+    pair.run(programs, *arguments)
+    pair.again(again, *arguments)
+    return first.result(), second.result()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Form:
-    """What is the same for all matrices of one layout under one spec; `form` names the compiled kernel.
+class _Setup:
+    """What is the same for all matrices of one size and layout under one spec: found with one look.
 
-    scalars   the kernel's arguments from `before` to `factor`
+    stride, root, shape   kernels' arguments, of `Source`
+    programs  of the first launch, and of the second
+    table     of codes that a thread turns back alone, else a number that is not read
+    shared    [] fp32 that every value is multiplied with after its power of two
+    signs     of a rotation whose signs are always the same; None: fresh ones
+    unplaced  what a kernel without noise is told in place of its place
+    codes, scales, inside, values   the outputs' shapes; None: not wanted
+    narrow    whether values are FP8
     """
 
-    form: Hashable
-    constants: dict[str, Any]
-    scalars: tuple[float, float, float]
-    rotation: int
-    noisy: bool
+    spec: QuantSpec
+    form: Form
+    stride: int
+    root: float
+    shape: tuple[int, int]
+    programs: tuple[int, int]
+    table: Tensor
+    shared: Tensor
+    signs: Tensor | None
+    unplaced: tuple[Any, ...] | None
+    codes: tuple[int, int] | None
+    scales: tuple[int, int] | None
+    inside: tuple[int, int] | None
+    values: tuple[int, int] | None
+    narrow: bool
 
     @classmethod
-    def of(cls, src: _Source, spec: QuantSpec, want: Want, flips: bool) -> _Form:
-        spread = want.spread is not None
-        form = "power", flips, _is_one(src), _number(spec), want.codes, want.carrier, want.mask, spread, src.layout()
-        found = _FORMS.get(form)
-        if found is None:
-            found = _FORMS[form] = cls._new(src, spec, want, flips, form)
-        return found
+    def of(
+        cls, source: Tensor | BlockScaledTensor, spec: QuantSpec, want: Want, back: tuple[int, bool] = (1, False),
+        words: bool = False,
+    ) -> tuple[_Setup, Tensor]:  # fmt: skip
+        """(the setup, the memory that its kernels read).
+
+        back    (size, whether it has signs) of the rotation that codes are turned back from
+        words   codes may be read in words: `_in_words`
+        """
+        of_codes: tuple[Hashable, ...] = ()
+        if isinstance(source, Tensor):
+            memory = source
+        else:
+            memory = source.codes
+            of_codes = (
+                source.scales.data_ptr() % 16, source.block, source.format.scale.name, is_one(source), back, words
+            )  # fmt: skip
+        layout = memory.shape, memory.stride(), memory.dtype, memory.data_ptr() % 16, memory.device
+        at = _number(spec), want.codes, want.carrier, want.mask, want.spread is not None, layout, of_codes
+        found = _SETUPS.get(at)
+        if found is not None:
+            return found, memory
+        src = _Source.of(source) if isinstance(source, Tensor) else _Source.of(source, (back[0], None))
+        found = cls._new(_in_words(src, spec) if words else src, spec, want, back[1])
+        if src.tensor.data_ptr() != memory.data_ptr():  # a copy that is laid out otherwise
+            return found, src.tensor
+        if len(_SETUPS) > _MOST:  # sizes that are always new, as experts' tokens
+            _SETUPS.clear()
+        _SETUPS[at] = found
+        return found, memory
 
     @classmethod
-    def _new(cls, src: _Source, spec: QuantSpec, want: Want, flips: bool, form: Hashable) -> _Form:
-        rule, rotation, noisy = spec.rule, spec.rotation.size if spec.rotation else 1, _is_noisy(spec)
-        kind = min(src.read, 2), spec.shape[1]
-        rows, columns, warps = _NOISY.get(kind, _TILES[kind]) if noisy else _TILES[kind]
-        if src.turn[0] > 1:
-            rows, columns, warps = _TURNED if src.read == 3 else _BACK
-        elif src.read == 4:
-            rows, columns, warps = _HELD
-        elif columns < rotation:
-            rows, columns, warps = _WIDE[spec.shape[1]]
-        before = fp32(1.0 / rule.headroom) if isinstance(rule, Floor) else 1.0
-        finer = fp32(rule.finer_below) if isinstance(rule, Ceil) else 0.0
-        factor = getattr(rule, "factor", None)
-        rows = max(rows, spec.shape[0])
-        constants = {
-            "R": rows, "N": columns, "E": spec.shape[1], "BR": spec.shape[0], "ROT": rotation,
-            "SIGNED": has_signs(spec.rotation), "RULE": _rule_number(rule), "ROUND": int(noisy),
-            "STD": isinstance(rule, Quest) and rule.spread == "std",
-            "CLIPS": isinstance(rule, Quest) or finer > 0.0 or (isinstance(rule, Floor) and before > 0.75),
-            **src.constants(), "W": 16 if src.read == 4 else 32 * spec.shape[1] // columns,
-            "EVEN": src.shape[0] % rows == 0 and src.shape[1] % columns == 0, "FLIPS": flips,
-            "UNIT": _is_one(src), "CODES": want.codes,
-            "CARRIER": _KINDS[want.carrier], "MASK": want.mask and want.codes,
-            "ASM": _has_asm(src.tensor.device), "AGAIN": False,
-            "SPREAD": want.spread is not None, "num_warps": warps, "enable_fp_fusion": False,
-        }  # fmt: skip
-        scalars = before, finer, fp32(QUEST_E2M1 if factor is None else factor)
-        return cls(form, constants, scalars, rotation, noisy)
+    def _new(cls, src: _Source, spec: QuantSpec, want: Want, flips: bool) -> _Setup:
+        form, (rows, cols), device = Form.of(src, spec, want, flips), src.shape, src.tensor.device
+        c, fresh = form.constants, spec.rotation is not None and spec.rotation.signs == "fresh"
+        tiles = -(-rows // c["R"]) * -(-cols // c["N"])
+        root, shared = fp32(src.turn[0] ** -0.5), _common_factor(spec, device)
+        return cls(
+            spec, form, src.stride, root, src.shape, (tiles, min(tiles, _SECOND)),
+            _roots(root, device) if src.read == 3 else shared, shared,
+            None if fresh else sign_words(spec.rotation, None, device),
+            None if form.noisy else place(None, rows, cols, 8, device), (rows, cols // 2) if c["CODES"] else None,
+            (rows // spec.shape[0], cols // spec.shape[1]) if c["CODES"] else None,
+            (rows, cols // 8) if c["MASK"] else None, (rows, cols) if c["CARRIER"] else None, c["CARRIER"] in NARROW,
+        )  # fmt: skip
 
 
-_FORMS: dict[Hashable, _Form] = {}
-
-
-def _is_noisy(spec: QuantSpec) -> bool:
-    return isinstance(spec.rounding, Stochastic)
+_SETUPS: dict[Hashable, _Setup] = {}
+_MOST = 4096  # setups that are kept
+_SECOND = 264  # programs of the second launch, which mostly has nothing to do
 
 
 class _Job:
-    """One matrix, quantized: its outputs, and the launches that fill them."""
+    """One matrix, quantized: its outputs, and what the launches that fill them are told.
 
-    def __init__(self, src: _Source, spec: QuantSpec, key: Key | None, want: Want, flips: bool = False) -> None:
-        self.src, self.spec, self.want = src, spec, want
-        self.form = form = _Form.of(src, spec, want, flips)
-        rows, cols = src.shape
-        device = src.tensor.device
-        self.codes = self.scales = self.values = self.inside = self.factor = none = src.tensor
-        self.memory = want.memory if want.memory is not None else none
-        if want.codes:
-            self.codes = torch.empty((rows, cols // 8), dtype=torch.int32, device=device)
-            grid = rows // spec.shape[0], cols // spec.shape[1]
-            self.scales = torch.empty(grid, dtype=torch.uint8, device=device)
-        if form.constants["MASK"]:
-            self.inside = torch.empty((rows, cols // 8), dtype=torch.uint8, device=device)
-        self.shared = _common_factor(spec, device)
-        self.narrow = want.carrier is not None and want.carrier != torch.bfloat16
-        if want.carrier is not None:
-            self.values = torch.empty((rows, cols), dtype=want.carrier, device=device)
-        if self.narrow:
-            self.factor = torch.empty((), device=device)
-            if want.memory is None:
-                self.memory = zeroed(device)
-        self.lost = want.lost if want.lost is not None else self.memory[3] if self.narrow else none
-        self.spread = want.spread if want.spread is not None else none
-        self.place = place(key if form.noisy else None, rows, cols, 8, device)
-        self.signs = sign_words(spec.rotation, key, device)
+    setup   (the setup, the memory) of `_Setup.of`;  turn   signs of the rotation that codes are turned back from
+    """
+
+    __slots__ = (
+        "codes", "factor", "inside", "key", "lost", "memory", "q", "read", "scales", "setup", "signs", "spread", "turn",
+        "values",
+    )  # fmt: skip
+
+    def __init__(
+        self, source: Tensor | BlockScaledTensor, setup: tuple[_Setup, Tensor], key: Key | None, want: Want,
+        turn: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        found, self.read = self.setup, none = setup
+        self.q, self.key, self.turn = None if isinstance(source, Tensor) else source, key, turn
+        device = none.device
+        self.codes = self.scales = self.inside = self.values = self.memory = self.factor = self.lost = none
+        self.spread = none if want.spread is None else want.spread
+        if found.codes is not None and found.scales is not None:
+            self.codes = torch.empty(found.codes, dtype=torch.uint8, device=device)
+            self.scales = torch.empty(found.scales, dtype=torch.uint8, device=device)
+        if found.inside is not None:
+            self.inside = torch.empty(found.inside, dtype=torch.uint8, device=device)
+        if found.values is not None:
+            self.values = torch.empty(found.values, dtype=want.carrier, device=device)
+        if found.narrow:
+            self.factor = unset(device)
+            self.memory = zeroed(device) if want.memory is None else want.memory
+            self.lost = self.memory[3] if want.lost is None else want.lost
+        self.signs = sign_words(found.spec.rotation, key, device) if found.signs is None else found.signs
 
     def run(self) -> BlockScaledTensor | Carrier:
         """What was asked for."""
-        form, arguments, tiles = self.form, self._arguments(), self._tiles()
-        launch(power_kernel, tiles, arguments, form.constants, form.form)
-        if self.narrow:
-            launch(power_kernel, min(tiles, _SECOND), arguments, form.constants | _AGAIN, ("again", form.form))
-        return self._result()
+        setup, arguments = self.setup, self.arguments()
+        setup.form.run(setup.programs[0], *arguments)
+        if setup.narrow:
+            setup.form.again(setup.programs[1], *arguments)
+        return self.result()
 
-    def may_pair(self, other: _Job) -> bool:
-        """Whether one kernel may do both jobs, of a matrix and of its transpose: tile by tile, in as many threads."""
-        mine, its = self.form.constants, other.form.constants
-        same = (mine["R"], mine["N"], mine["num_warps"]) == (its["N"], its["R"], its["num_warps"])
-        return same and self.narrow and other.narrow and mine["READ"] == 0 and its["READ"] == 1
-
-    def run_with(self, other: _Job) -> tuple[BlockScaledTensor | Carrier, BlockScaledTensor | Carrier]:
-        """What was asked for, and what was of the transpose."""
-        tiles, arguments = self._tiles(), (*self._arguments(), *other._arguments())
-        second = {f"{n}_2": value for n, value in other.form.constants.items() if n in power_kernel.arg_names}
-        del second["AGAIN_2"]
-        constants = {**self.form.constants, **second}
-        form = "pair", self.form.form, other.form.form
-        launch(power_pair_kernel, tiles, arguments, constants, form)
-        launch(power_pair_kernel, min(tiles, _SECOND), arguments, constants | _AGAIN, ("again", form))
-        return self._result(), other._result()
-
-    def _tiles(self) -> int:
-        rows, cols = self.src.shape
-        return -(-rows // self.form.constants["R"]) * -(-cols // self.form.constants["N"])
-
-    def _arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         """Of `power_kernel`, up to its constants."""
-        form, constants = self.form, self.form.constants
-        inside = self.inside.view(_WORDS[constants["E"]]) if constants["MASK"] else self.inside
-        values = self.values.view(torch.int32) if self.want.carrier is not None else self.values
-        read = self.src.arguments()
-        table = _roots(read[5], self.shared.device) if self.src.read == 3 else self.shared
+        setup, none, q = self.setup, self.read, self.q
+        scales, common = (none, none) if q is None else (q.scales, q.global_scale)
+        where = setup.unplaced
+        if where is None:
+            where = place(self.key, *setup.shape, 8, none.device)
         return (
-            *read, table, self.signs, self.codes, self.scales, values, inside, self.memory, self.shared,
-            self.factor, self.lost, self.spread, *form.scalars, *self.place,
+            none, setup.stride, scales, common, none if self.turn is None else self.turn, setup.root, *setup.shape,
+            setup.table, self.signs, self.codes, self.scales, self.values, self.inside, self.memory, setup.shared,
+            self.factor, self.lost, self.spread, *setup.form.scalars, *where,
         )  # fmt: skip
 
-    def _result(self) -> BlockScaledTensor | Carrier:
-        spec, rotation, carrier = self.spec, self.form.rotation, None
-        if self.want.carrier is not None:
-            scale, lost = (self.factor, self.lost) if self.narrow else (self.shared, None)
-            carrier = Carrier(self.values, scale, rotation, lost=lost)
-        if not self.want.codes:
+    def result(self) -> BlockScaledTensor | Carrier:
+        """What was asked for, once the kernels run."""
+        setup, carrier = self.setup, None
+        spec, rotation = setup.spec, setup.form.rotation
+        if setup.narrow:
+            carrier = Carrier(self.values, self.factor, rotation, lost=self.lost)
+        elif setup.values is not None:
+            carrier = Carrier(self.values, setup.shared, rotation)
+        if setup.codes is None:
             assert carrier is not None
             return carrier
-        codes, inside = self.codes.view(torch.uint8), self.inside if self.form.constants["MASK"] else None
-        q = BlockScaledTensor(codes, self.scales, self.shared, spec.format, spec.shape, rotation, inside=inside)
-        return q if carrier is None else replace(q, carrier=carrier)
-
-
-def _is_one(src: _Source) -> bool:
-    """Whether codes are known to have no common factor: their quantizer has made its tensor a constant."""
-    if src.codes is None:
-        return False
-    scale = src.codes.global_scale
-    return scale.data_ptr() == _constant(1.0, scale.device).data_ptr()
+        inside = None if setup.inside is None else self.inside
+        return BlockScaledTensor(
+            self.codes, self.scales, setup.shared, spec.format, spec.shape, rotation, 1, carrier, inside
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=16)
 def _roots(root: float, device: torch.device) -> Tensor:
-    return torch.full((32,), root, device=device)
-
-
-_WORDS = {16: torch.int16, 32: torch.int32}  # of mask bits, one for each block
-
-
-def _rule_number(rule: Any) -> int:
-    """RULE of `arithmetic.power_byte`."""
-    if isinstance(rule, Ceil):
-        return 2 if rule.of == "ratio" else 3
-    if isinstance(rule, Quest):
-        return 4 if rule.power == "floor" else 5
-    return 1
+    with torch.inference_mode(False):  # it outlives the pass
+        return torch.full((32,), root, device=device)
 
 
 def _common_factor(spec: QuantSpec, device: torch.device) -> Tensor:

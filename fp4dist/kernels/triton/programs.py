@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton import lanes
 from fp4dist.kernels.triton.noise import PLACE
 from fp4dist.kernels.triton.signs import word_of
 
@@ -32,15 +33,14 @@ def _bf16(i):
 def _rows(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
           EVEN: tl.constexpr):  # fmt: skip
     """[G, E] fp32 of a matrix with contiguous columns; 0 outside."""
-    part = tl.arange(0, E // P)[None, None, :, None]
-    r = tl.arange(0, R)[None, :, None, None]
-    c = tl.arange(0, N // E)[:, None, None, None] * E + part * P + tl.arange(0, P)[None, None, None, :]
+    run, place = lanes.runs(R * N // E, E, P)
+    r, c = run // (N // E), run % (N // E) * E + place
     start = x + (row.to(tl.int64) * stride + col)
     if EVEN:
         y = tl.load(start + (r * stride + c))
     else:
         y = tl.load(start + (r * stride + c), mask=(row + r < rows) & (col + c < cols), other=0.0)
-    y = tl.reshape(tl.permute(y, (1, 0, 2, 3)), (R * N // E, E))
+    y = lanes.of_runs(y, R * N // E, E)
     if y.dtype == tl.bfloat16:  # by bits: the interpreter's cast loses subnormal numbers
         y = _bf16(y.to(tl.int16, bitcast=True).to(tl.int32))
     return y
@@ -49,19 +49,17 @@ def _rows(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: 
 @triton.jit
 def _turned(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
             W: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """[G, E] fp32 (or int32 codes) of a matrix with contiguous rows, read in words of P of its elements; 0 outside.
+    """[R/P/W, W, N/E, E] words of P elements of a matrix with contiguous rows; 0 outside.
 
     x points to words; stride counts words.
     """
-    c = tl.arange(0, N // E)[None, :, None, None] * E + tl.arange(0, E)[None, None, None, :]
-    r = tl.arange(0, R // P // W)[None, None, :, None] * W + tl.arange(0, W)[:, None, None, None]
-    r = tl.max_contiguous(r, (1, 1, 1, 1))  # one word a thread: neighbours along the columns stay in its registers
+    r, c = lanes.words(R // P, N, E, W)
     start = x + (col.to(tl.int64) * stride + row // P)
     if EVEN:
         word = tl.load(start + (c * stride + r))
     else:
         word = tl.load(start + (c * stride + r), mask=(row + r * P < rows) & (col + c < cols), other=0)
-    return tl.permute(word, (2, 0, 1, 3))  # [R/P/W, W, N/E, E]
+    return lanes.of_words(word, R // P, N, E, W)
 
 
 @triton.jit
@@ -75,14 +73,13 @@ def _decoded(
     root   1 / sqrt(BACK)
     """
     byte = _turned(x, stride, row, col, rows, cols, R, N, E, 2, W, EVEN).to(tl.int32)
-    c = col + tl.arange(0, N // E)[None, :, None, None] * E + tl.arange(0, E)[None, None, None, :]
-    r = row + tl.arange(0, R // 2 // W)[None, None, :, None] * (2 * W) + tl.arange(0, W)[:, None, None, None] * 2
-    place = qscales + (c // QBR * (rows // QBC) + r // QBC)  # two rows of a byte share a block
+    r, c = lanes.words(R // 2, N, E, W)
+    place = (col // QBR + c // QBR) * (rows // QBC) + row // QBC + r * 2 // QBC  # two rows of a byte share a block
     if EVEN:
-        stored = tl.load(place)
+        stored = tl.load(qscales + place)
     else:
-        stored = tl.load(place, mask=(r < rows) & (c < cols), other=0)
-    stored = tl.permute(stored, (2, 0, 1, 3)).to(tl.int32)
+        stored = tl.load(qscales + place, mask=(row + r * 2 < rows) & (col + c < cols), other=0)
+    stored = lanes.bytes_of_words(stored, R // 2, N, E, W, QBR)
     scale = a.decode_e8m0(stored) if QE8M0 else a.decode_e4m3(stored)
     nearly = tl.join(a.e2m1_signed(byte << 28) * scale, a.e2m1_signed(byte << 24) * scale)
     nearly = tl.reshape(tl.permute(nearly, (0, 1, 4, 2, 3)), (R * N // E, E))

@@ -42,7 +42,10 @@ def sign_words(rotation: Hadamard | None, key: Key | None, device: torch.device)
         return _given(_PUBLISHED if rotation.mask is None else rotation.mask, device)
     if key is None:
         raise ValueError("a rotation with fresh signs needs a key")
-    place = _met.setdefault((key.seed, key.layer), len(_met))
+    linear = key.seed, key.layer
+    place = _met.get(linear)
+    if place is None:
+        place = _met[linear] = len(_met)
     block, row = divmod(place, _LINEARS)
     known = min(len(_met) - block * _LINEARS, _LINEARS)
     rows = moment(key, device).drawn(("signs", block, known), lambda now: _draw(now, block, known))
@@ -54,7 +57,8 @@ _met: dict[tuple[int, int], int] = {}  # (seed, layer) of linears with fresh sig
 
 @lru_cache(maxsize=256)
 def _given(mask: int, device: torch.device) -> Tensor:
-    return torch.tensor([as_int32(mask >> 32 * i) for i in range(4)], dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # they outlive the pass
+        return torch.tensor([as_int32(mask >> 32 * i) for i in range(4)], dtype=torch.int32, device=device)
 
 
 def _draw(now: Moment, block: int, known: int) -> tuple[tuple[Tensor, ...], Callable[[], None]]:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton import lanes
 from fp4dist.kernels.triton import programs as p
 from fp4dist.kernels.triton.grid_programs import encode_outer
 from fp4dist.kernels.triton.noise import PLACE, place
@@ -51,18 +52,18 @@ def _decoded(
 ):  # fmt: skip
     """[G, E] fp32 values of the transpose of codes x [cols, rows / 2] in blocks of [1, E] under tiles of [1, TILE]."""
     byte = p._turned(x, stride, row, col, rows, cols, R, N, E, 2, W, EVEN).to(tl.int32)
-    c = col + tl.arange(0, N // E)[None, :, None, None] * E + tl.arange(0, E)[None, None, None, :]
-    r = row + tl.arange(0, R // 2 // W)[None, None, :, None] * (2 * W) + tl.arange(0, W)[:, None, None, None] * 2
-    # two rows of a byte share a block; all rows share a tile, but a load of another shape would be laid out otherwise
+    r, c = lanes.words(R // 2, N, E, W)
+    at = (col + c) * (rows // E) + (row + r * 2) // E  # two rows of a byte share a block
+    tile = (col + c) * (rows // TILE) + row // TILE  # all rows share a tile
     if EVEN:
-        stored = tl.load(qscales + (c * (rows // E) + r // E))
-        outer = tl.load(qouters + (c * (rows // TILE) + r // TILE))
+        stored = tl.load(qscales + at)
+        outer = tl.load(qouters + tile)
     else:
-        inside = (r < rows) & (c < cols)
-        stored = tl.load(qscales + (c * (rows // E) + r // E), mask=inside, other=0)
-        outer = tl.load(qouters + (c * (rows // TILE) + r // TILE), mask=inside, other=0.0)
-    scale = a.decode_e4m3(tl.permute(stored, (2, 0, 1, 3)).to(tl.int32))
-    outer = tl.permute(outer, (2, 0, 1, 3))
+        inside = (row + r * 2 < rows) & (col + c < cols)
+        stored = tl.load(qscales + at, mask=inside, other=0)
+        outer = tl.load(qouters + tile, mask=inside, other=0.0)
+    scale = a.decode_e4m3(lanes.of_words(stored, R // 2, N, E, W).to(tl.int32))
+    outer = lanes.of_words(outer, R // 2, N, E, W)
     low = a.e2m1_signed(byte << 28) * scale * outer
     high = a.e2m1_signed(byte << 24) * scale * outer
     return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 4, 2, 3)), (R * N // E, E))

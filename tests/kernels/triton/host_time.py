@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime import jit
 
 from fp4dist.kernels import cublaslt, registry
-from fp4dist.kernels.triton import filters, matmul, powers
+from fp4dist.kernels.triton import filters, matmul, power_forms
 from fp4dist.kernels.triton import launch as launching
 from tools import bench_host
 
@@ -32,7 +32,8 @@ def nothing_runs() -> Iterator[None]:
     """Kernels on the CPU that do nothing, behind the launches of a GPU that multiplies FP8."""
     compiled = SimpleNamespace(function=1, packed_metadata=(), run=lambda *_: None)
     nothing = SimpleNamespace(cublasLtMatmul=_c_function(), cublasLtMatmulDescSetAttribute=lambda *_: 0)
-    plan = cublaslt._Plan(1, 1, 1, 1, 1, cublaslt._Heuristic(), 1, 0, (1, 1))
+    scales = cublaslt._scales_of(ctypes.c_void_p(1))
+    plan = cublaslt._Plan(1, 1, 1, 1, 1, cublaslt._Heuristic(), 1, 0, (1, 1), scales)
 
     def given(value: object) -> Callable[..., object]:
         return lambda *_, **__: value
@@ -50,7 +51,7 @@ def nothing_runs() -> Iterator[None]:
             mock.patch.object(torch.cuda, "current_device", given(None)),
             mock.patch.object(matmul, "multiplies_fp8", given(True)),
             mock.patch.object(filters, "_has_asm", given(True)),
-            mock.patch.object(powers, "_has_asm", given(True)),
+            mock.patch.object(power_forms, "_has_asm", given(True)),
             mock.patch.dict(registry._KERNELS, _on_any_device()),
         ):
             stack.enter_context(place)

@@ -83,15 +83,14 @@ def _number(value: float) -> str:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    from fp4dist.kernels.triton import carriers, filters, powers, signs
+    from fp4dist.kernels.triton import carriers, filters, power_forms, signs
     from fp4dist.kernels.triton.launch import Launch
 
     found = Launches()
     monkeypatch.setattr(Launch, "__call__", lambda launch, *of: found.of_launch(launch, *of))
     monkeypatch.setattr(carriers, "launch", found)
     monkeypatch.setattr(signs, "launch", found)
-    monkeypatch.setattr(powers, "launch", found)
-    monkeypatch.setattr(powers, "_has_asm", lambda device: True)
+    monkeypatch.setattr(power_forms, "_has_asm", lambda device: True)
     monkeypatch.setattr(filters, "launch", found)
     monkeypatch.setattr(filters, "_has_asm", lambda device: True)
     return found
