@@ -7,12 +7,12 @@ finds the amax, the scale is computed by `fp4dist.numerics.scales` (moments too,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fp4dist import numerics
+from fp4dist.kernels import grid_facts
 from fp4dist.kernels.cuda import jobs
 from fp4dist.kernels.cuda.grid_jobs import (
     CORRECTED,
@@ -32,14 +32,11 @@ from fp4dist.numerics.grouping import Grouping, ReduceMax, spread
 from fp4dist.numerics.rotation import rotate
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
 from fp4dist.spec.blocks import Ceil, Eden, Ema, Floor, Nearest, Quest, Sawb
-from fp4dist.spec.formats import E2M1, ElementFormat
+from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
 
-# enum ValueType of csrc/grid.h
-_OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
 _LARGEST_BLOCK = 256  # columns
 _MOST_ELEMENTS = 4096  # of a block
-_SHORTEST_PART = 32  # columns
 _MOST_TRIES = 128
 _INFINITY = 0x7F800000
 
@@ -118,15 +115,7 @@ def dequantize(q: BlockScaledTensor) -> Tensor:
 
 def why_not_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> str | None:
     """Why `to_carrier` cannot write the values of `q` in `dtype`, or None."""
-    outside = _of_parts_of_rows(q)
-    lacks = (
-        (dtype not in _OUT or dtype == torch.float32, f"{dtype}"),
-        (not has_values(q), f"{q.samples} samples of {q.format.element.name}"),
-        (not outside and not q.format.scale.bf16_exact, f"{q.format.scale.name} scales of blocks {list(q.block)}"),
-        (not outside and dtype != torch.bfloat16, f"{q.format.scale.name} scales in {dtype}"),
-        (outside and not _fits(q.format.element, dtype), f"elements {q.format.element.name} in {dtype}"),
-    )
-    return next((f"no carrier of {what}" for missing, what in lacks if missing), None)
+    return grid_facts.why_not_carrier(q, dtype, has_values(q))
 
 
 def to_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> Carrier:
@@ -134,7 +123,7 @@ def to_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> Carrier:
     reason = why_not_carrier(q, dtype)
     if reason is not None:
         raise ValueError(f"{reason}; multiply the dequantized matrix")
-    outside, outer = _of_parts_of_rows(q), q.global_scale
+    outside, outer = grid_facts.of_parts_of_rows(q), q.global_scale
     values = _decoded(q, dtype, scaled=not outside)
     if outside and q.scales.numel() == 1:
         return Carrier(values, q.scales.reshape(()) * outer, q.rotation)
@@ -144,18 +133,6 @@ def to_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> Carrier:
         return Carrier(values, outer, q.rotation)
     of_rows = spread(outer, (q.shape[0], outer.shape[1]))
     return Carrier(values, torch.ones((), device=outer.device), q.rotation, of_rows)
-
-
-def _of_parts_of_rows(q: BlockScaledTensor) -> bool:
-    """Whether fp32 block scales can stay outside of a GEMM's partial sums: those of rows, or of long parts of them."""
-    return q.format.scale.name == "fp32" and q.block[1] >= _SHORTEST_PART and q.global_scale.dim() == 0
-
-
-@lru_cache(maxsize=64)
-def _fits(element: ElementFormat, dtype: torch.dtype) -> bool:
-    """Whether every level is a number of `dtype`."""
-    levels = torch.tensor(element.levels)
-    return bool((levels.to(dtype).to(torch.float32) == levels).all())
 
 
 def _decoded(q: BlockScaledTensor, dtype: torch.dtype, *, scaled: bool) -> Tensor:
@@ -169,7 +146,7 @@ def _decoded(q: BlockScaledTensor, dtype: torch.dtype, *, scaled: bool) -> Tenso
         codes, q.scales.contiguous(), factors,
         (
             codes.stride(0), rows, cols, *q.block, rows // factors.shape[0], cols // factors.shape[1],
-            SCALES[q.format.scale.name], int(scaled), _OUT[dtype], element.mantissa or 0, int(element.packed),
+            SCALES[q.format.scale.name], int(scaled), grid_facts.OUT[dtype], element.mantissa or 0, int(element.packed),
             1 << element.bits - 1,
         ),
         levels, values,
@@ -217,22 +194,8 @@ class _Launch:
 
     def in_blocks(self) -> BlockScaledTensor:
         """A scale for each block, and outer scales above them."""
-        spec, (rows, cols), device = self.spec, self.x.shape, self.x.device
-        shape = (rows // spec.shape[0], cols // spec.shape[1])
-        stored = torch.empty(
-            shape, dtype=torch.float32 if spec.format.scale.name == "fp32" else torch.uint8, device=device
-        )
-        outer, outers = None, torch.ones((), device=device)
-        grouping = Grouping.of(self.x, spec, self.key, self.reduce_max)
-        if spec.above == "tensor":
-            outer = grouping.outer_amax(self.largest(by_row=False))
-        elif spec.above == "row":
-            outer, outers = grouping.outer_amax(self.largest(by_row=True)), torch.empty((rows, 1), device=device)
-        elif isinstance(spec.above, tuple):
-            outers = torch.empty((rows, cols // spec.above[1]), device=device)
-        elif isinstance(spec.rule, Floor) or (isinstance(spec.rule, Ceil) and spec.rule.of == "amax"):
-            common = spec.rule.headroom if isinstance(spec.rule, Floor) else 1.0 / spec.format.element.max
-            outers = torch.full((), scales.fp32(common), device=device)
+        spec, grouping = self.spec, Grouping.of(self.x, self.spec, self.key, self.reduce_max)
+        stored, outer, outers = grid_facts.room_for_scales(self.x, spec, grouping, self.largest)
         codes = self.run(rule_of(spec), outer=outer, stored=stored, outers=outers)
         return BlockScaledTensor(codes, stored, outers, spec.format, spec.shape, self.rotation, spec.samples)
 

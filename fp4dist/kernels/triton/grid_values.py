@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4dist.kernels import grid_facts
 from fp4dist.kernels.triton import carriers, levels
 from fp4dist.kernels.triton import grid_programs as p
 from fp4dist.numerics import codes as c
@@ -19,8 +20,6 @@ from fp4dist.numerics.tensor import BlockScaledTensor, Carrier
 from fp4dist.spec.formats import E2M1, ElementFormat
 
 SCALES = {"e4m3": p.E4M3, "e8m0": p.E8M0, "ue5m3": p.UE5M3, "e4m3_inverse": p.INVERSE, "fp32": p.FP32}
-_OUT = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
-_SHORTEST_PART = 32  # columns
 
 
 def has_values(q: BlockScaledTensor) -> bool:
@@ -38,15 +37,7 @@ def dequantize(q: BlockScaledTensor) -> Tensor:
 
 def why_not_carrier(q: BlockScaledTensor, dtype: torch.dtype) -> str | None:
     """Why `to_carrier` cannot write the values of `q` in `dtype`, or None."""
-    outside = _of_parts_of_rows(q)
-    lacks = (
-        (dtype not in _OUT or dtype == torch.float32, f"{dtype}"),
-        (not has_values(q), f"{q.samples} samples of {q.format.element.name}"),
-        (not outside and not q.format.scale.bf16_exact, f"{q.format.scale.name} scales of blocks {list(q.block)}"),
-        (not outside and dtype != torch.bfloat16, f"{q.format.scale.name} scales in {dtype}"),
-        (outside and not _fits(q.format.element, dtype), f"elements {q.format.element.name} in {dtype}"),
-    )
-    return next((f"no carrier of {what}" for missing, what in lacks if missing), None)
+    return grid_facts.why_not_carrier(q, dtype, has_values(q))
 
 
 def to_carrier(q: BlockScaledTensor, dtype: torch.dtype, *, transposed: bool = False) -> Carrier:
@@ -62,7 +53,7 @@ def to_carrier(q: BlockScaledTensor, dtype: torch.dtype, *, transposed: bool = F
     reason = why_not_carrier(q, dtype)
     if reason is not None:
         raise ValueError(f"{reason}; multiply the dequantized matrix")
-    outside, outer, powers, factors = _of_parts_of_rows(q), q.global_scale, None, None
+    outside, outer, powers, factors = grid_facts.of_parts_of_rows(q), q.global_scale, None, None
     if outer.dim() and outer.shape[1] > 1 and q.format.element == E2M1 and q.format.scale.name == "e4m3":
         powers, factors = _parted(outer)
     values = _decoded(q, dtype, scaled=not outside, powers=powers)
@@ -81,18 +72,6 @@ def _mean(q: BlockScaledTensor, dtype: torch.dtype) -> Carrier:
     drawn = [to_carrier(q.sample(i), torch.bfloat16) for i in range(q.samples)]
     total = torch.stack([one.values for one in drawn]).sum(0, dtype=torch.float32)
     return replace(drawn[0], values=total.to(dtype), scale=drawn[0].scale * (1.0 / q.samples))
-
-
-def _of_parts_of_rows(q: BlockScaledTensor) -> bool:
-    """Whether fp32 block scales can stay outside of a GEMM's partial sums: those of rows, or of long parts of them."""
-    return q.format.scale.name == "fp32" and q.block[1] >= _SHORTEST_PART and q.global_scale.dim() == 0
-
-
-@lru_cache(maxsize=64)
-def _fits(element: ElementFormat, dtype: torch.dtype) -> bool:
-    """Whether every level is a number of `dtype`."""
-    levels = torch.tensor(element.levels)
-    return bool((levels.to(dtype).to(torch.float32) == levels).all())
 
 
 @lru_cache(maxsize=64)
@@ -141,7 +120,7 @@ def _decoded(q: BlockScaledTensor, dtype: torch.dtype, *, scaled: bool, powers: 
         codes, codes.stride(0), q.scales.contiguous(), factors, table_of(q.format.element, "even", q.codes.device),
         out if dtype in (torch.float32, torch.bfloat16) else out.view(torch.uint8), rows, cols, *q.block, *per_factor,
         R=16, N=128, G=min(_shared(q.block[1]), _shared(per_factor[1])), SCALE=SCALES[q.format.scale.name],
-        SCALED=scaled, FACTORED=dtype == torch.float32 or powers is not None, OUT=_OUT[dtype], num_warps=4,
+        SCALED=scaled, FACTORED=dtype == torch.float32 or powers is not None, OUT=grid_facts.OUT[dtype], num_warps=4,
         enable_fp_fusion=False, **grid_constants(q.format.element),
     )  # fmt: skip
     return out

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4dist import numerics
+from fp4dist.kernels import grid_facts
 from fp4dist.kernels.triton import grid_programs as p
 from fp4dist.kernels.triton import levels, moments, tiles
 from fp4dist.kernels.triton.grid_values import (
@@ -181,22 +182,8 @@ class _Launch:
 
     def in_blocks(self) -> BlockScaledTensor:
         """A scale for each block, and outer scales above them."""
-        spec, (rows, cols), device = self.spec, self.x.shape, self.x.device
-        shape = (rows // spec.shape[0], cols // spec.shape[1])
-        stored = torch.empty(
-            shape, dtype=torch.float32 if spec.format.scale.name == "fp32" else torch.uint8, device=device
-        )
-        outer, outers = None, torch.ones((), device=device)
-        grouping = Grouping.of(self.x, spec, self.key, self.reduce_max)
-        if spec.above == "tensor":
-            outer = grouping.outer_amax(self.largest(by_row=False))
-        elif spec.above == "row":
-            outer, outers = grouping.outer_amax(self.largest(by_row=True)), torch.empty((rows, 1), device=device)
-        elif isinstance(spec.above, tuple):
-            outers = torch.empty((rows, cols // spec.above[1]), device=device)
-        elif isinstance(spec.rule, Floor) or (isinstance(spec.rule, Ceil) and spec.rule.of == "amax"):
-            common = spec.rule.headroom if isinstance(spec.rule, Floor) else 1.0 / spec.format.element.max
-            outers = torch.full((), scales.fp32(common), device=device)
+        spec, grouping = self.spec, Grouping.of(self.x, self.spec, self.key, self.reduce_max)
+        stored, outer, outers = grid_facts.room_for_scales(self.x, spec, grouping, self.largest)
         codes = self.run(_rule(spec), outer=outer, scales=stored, outers=outers)
         return BlockScaledTensor(codes, stored, outers, spec.format, spec.shape, self.rotation, spec.samples)
 
