@@ -70,7 +70,7 @@ void* write_pointer(Optional part) { return part ? part->mutable_data_ptr() : nu
 
 // One side of a quantization.
 struct Parts {
-  Optional q_scales, q_global, outer, when, codes, scales, values, top, global_scale;
+  Optional q_scales, q_global, outer, when, codes, scales, values, top, global_scale, kept;
 };
 
 Job checked(const char* op, const Tensor& source, const Parts& p, at::IntArrayRef how, at::ArrayRef<double> factors) {
@@ -81,7 +81,8 @@ Job checked(const char* op, const Tensor& source, const Parts& p, at::IntArrayRe
       " and ", factors.size());
   const Job job = job_of({source.const_data_ptr(), read_pointer(p.q_scales), read_pointer(p.q_global),
                           read_pointer(p.outer), read_pointer(p.when), write_pointer(p.codes), write_pointer(p.scales),
-                          write_pointer(p.values), write_pointer(p.top), write_pointer(p.global_scale)},
+                          write_pointer(p.values), write_pointer(p.top), write_pointer(p.global_scale),
+                          write_pointer(p.kept)},
                          how.data(), factors.data());
   const auto type = source.scalar_type();
   const bool codes = job.source >= kCodesE4M3;
@@ -120,16 +121,24 @@ Job checked(const char* op, const Tensor& source, const Parts& p, at::IntArrayRe
   TORCH_CHECK_VALUE(job.rule != kMeasure || p.top, "fp4dist::", op, ": a measurement writes top");
   check_part(op, "codes", p.codes, source, rows * cols / 2, 16);
   check_part(op, "scales", p.scales, source, job.rule == kEden ? 4 * blocks : job.swizzled ? tiles : blocks, 16);
-  check_part(op, "values", p.values, source, rows * cols * 2, 16);
-  check_part(op, "top", p.top, source, 4, 4);
+  const bool powers = job.rule >= kFloor && job.rule <= kQuestNearest;
+  TORCH_CHECK_VALUE(powers || (!p.kept && job.narrow == 0), "fp4dist::", op,
+                    ": FP8 values and mask bits are of power-of-two scales, not of rule ", job.rule);
+  TORCH_CHECK_VALUE(job.narrow == 0 || ((job.narrow == kToE5M2 || job.narrow == kToE4M3) && p.codes && p.scales &&
+                                        p.values && p.top),
+                    "fp4dist::", op, ": FP8 values (narrow 2 or 3, not ", job.narrow,
+                    ") come with codes, scales and the slot's memory as top");
+  check_part(op, "kept", p.kept, source, rows * cols / 8, 4);
+  check_part(op, "values", p.values, source, rows * cols * (job.narrow ? 1 : 2), 16);
+  check_part(op, "top", p.top, source, job.narrow ? 32 : 4, 4);
   check_part(op, "global_scale", p.global_scale, source, 4, 4);
   return job;
 }
 
 void quantize(const Tensor& source, Optional q_scales, Optional q_global, Optional outer, Optional when,
               at::IntArrayRef how, at::ArrayRef<double> factors, Optional codes, Optional scales, Optional values,
-              Optional top, Optional global_scale) {
-  const Parts parts{q_scales, q_global, outer, when, codes, scales, values, top, global_scale};
+              Optional top, Optional global_scale, Optional kept) {
+  const Parts parts{q_scales, q_global, outer, when, codes, scales, values, top, global_scale, kept};
   const Job job = checked("quantize", source, parts, how, factors);
   const c10::cuda::CUDAGuard guard(source.device());
   C10_CUDA_CHECK(launch_quantize(job, c10::cuda::getCurrentCUDAStream()));
@@ -137,14 +146,14 @@ void quantize(const Tensor& source, Optional q_scales, Optional q_global, Option
 
 void quantize_pair(const Tensor& source, Optional when, Optional outer, at::IntArrayRef how,
                    at::ArrayRef<double> factors, Optional codes, Optional scales, Optional values, Optional top,
-                   Optional global_scale, Optional outer_t, at::IntArrayRef how_t, at::ArrayRef<double> factors_t,
-                   Optional codes_t, Optional scales_t, Optional values_t, Optional top_t, Optional global_scale_t) {
+                   Optional global_scale, Optional kept, Optional outer_t, at::IntArrayRef how_t,
+                   at::ArrayRef<double> factors_t, Optional codes_t, Optional scales_t, Optional values_t,
+                   Optional top_t, Optional global_scale_t, Optional kept_t) {
   const std::optional<Tensor> none;
-  const Job row = checked("quantize_pair", source, {none, none, outer, when, codes, scales, values, top, global_scale},
-                          how, factors);
-  const Job column =
-      checked("quantize_pair", source, {none, none, outer_t, when, codes_t, scales_t, values_t, top_t, global_scale_t},
-              how_t, factors_t);
+  const Parts rows{none, none, outer, when, codes, scales, values, top, global_scale, kept};
+  const Parts columns{none, none, outer_t, when, codes_t, scales_t, values_t, top_t, global_scale_t, kept_t};
+  const Job row = checked("quantize_pair", source, rows, how, factors);
+  const Job column = checked("quantize_pair", source, columns, how_t, factors_t);
   TORCH_CHECK_VALUE(
       !row.turned && column.turned && row.rows == column.cols && row.cols == column.rows &&
           row.stride == column.stride && supported_pair(row, column),
@@ -166,7 +175,8 @@ void eden_scales(const Tensor& corrected, const Tensor& largest, const Tensor& c
   check_part("eden_scales", "largest", largest, corrected, 4, 4);
   check_part("eden_scales", "codes", codes, corrected, number * 8, 16);
   check_part("eden_scales", "when", when, corrected, 8, 4);
-  check_part("eden_scales", "scales", scales, corrected, swizzled ? tiles : number, 1);
+  check_part("eden_scales", "corrected", corrected, corrected, number * 4, 16);
+  check_part("eden_scales", "scales", scales, corrected, swizzled ? tiles : number, 4);
   check_part("eden_scales", "values", values, corrected, number * 32, 16);
   check_part("eden_scales", "global_scale", global_scale, corrected, 4, 4);
   const EdenScales job{corrected.const_data_ptr<float>(),
@@ -185,20 +195,23 @@ void eden_scales(const Tensor& corrected, const Tensor& largest, const Tensor& c
 }
 
 void decode(const Tensor& codes, const Tensor& scales, const Tensor& global_scale, at::IntArrayRef block, bool e8m0,
-            bool turned, int64_t to, double factor, Optional top, const Tensor& values, Optional scale, Optional lost) {
+            bool turned, int64_t to, double factor, Optional top, const Tensor& values, Optional scale, Optional lost,
+            Optional memory) {
   TORCH_CHECK_VALUE(codes.is_cuda() && codes.scalar_type() == at::kByte && codes.dim() == 2 && codes.is_contiguous(),
                     "fp4dist::decode: codes must be a contiguous uint8 matrix on a GPU, got ", codes.scalar_type(), " ",
                     codes.sizes(), " on ", codes.device());
   const int64_t rows = codes.size(0), cols = codes.size(1) * 2;
   TORCH_CHECK_VALUE(block.size() == 2 && block[0] > 0 && block[1] >= 8 && block[1] % 8 == 0 && rows % block[0] == 0 &&
-                        cols % block[1] == 0 && (!turned || rows % 8 == 0),
+                        cols % block[1] == 0 && (!turned || block[0] % 8 == 0),
                     "fp4dist::decode: codes of [", rows, ", ", cols, "] elements do not fit blocks of ", block);
   constexpr int64_t kSizes[] = {4, 2, 1, 1};
   TORCH_CHECK_VALUE(to >= 0 && to < 4, "fp4dist::decode: to = ", to,
                     " must be 0 (fp32), 1 (bf16), 2 (e5m2) or 3 (e4m3)");
-  TORCH_CHECK_VALUE(to < 2 || (e8m0 && top && scale && lost),
-                    "fp4dist::decode: FP8 needs E8M0 scales, top, scale and lost");
-  check_part("decode", "codes", codes, codes, 0, turned ? 1 : 4);
+  TORCH_CHECK_VALUE(to < 2 || (e8m0 && (top || memory) && scale && lost),
+                    "fp4dist::decode: FP8 needs E8M0 scales, top or memory, scale and lost");
+  TORCH_CHECK_VALUE(!memory || (to >= 2 && !turned), "fp4dist::decode: a memory is of FP8 and of codes as they lie");
+  check_part("decode", "memory", memory, codes, 32, 4);
+  check_part("decode", "codes", codes, codes, 0, 4);
   check_part("decode", "scales", scales, codes, rows / block[0] * (cols / block[1]), 1);
   check_part("decode", "global_scale", global_scale, codes, 4, 4);
   check_part("decode", "top", top, codes, 4, 4);
@@ -214,7 +227,8 @@ void decode(const Tensor& codes, const Tensor& scales, const Tensor& global_scal
                    static_cast<const uint32_t*>(read_pointer(top)),
                    values.mutable_data_ptr(),
                    static_cast<float*>(write_pointer(scale)),
-                   static_cast<uint32_t*>(write_pointer(lost))};
+                   static_cast<uint32_t*>(write_pointer(lost)),
+                   static_cast<uint32_t*>(write_pointer(memory))};
   const c10::cuda::CUDAGuard guard(codes.device());
   C10_CUDA_CHECK(launch_decode(job, c10::cuda::getCurrentCUDAStream()));
 }
@@ -249,19 +263,18 @@ TORCH_LIBRARY(fp4dist, m) {
   m.def(
       "quantize(Tensor source, Tensor? q_scales, Tensor? q_global, Tensor? outer, Tensor? when, int[] how,"
       " float[] factors, Tensor(a!)? codes, Tensor(b!)? scales, Tensor(c!)? values, Tensor(d!)? top,"
-      " Tensor(e!)? global_scale) -> ()");
+      " Tensor(e!)? global_scale, Tensor(f!)? kept) -> ()");
   m.def(
       "quantize_pair(Tensor source, Tensor? when, Tensor? outer, int[] how, float[] factors, Tensor(a!)? codes,"
-      " Tensor(b!)? scales, Tensor(c!)? values, Tensor(d!)? top, Tensor(e!)? global_scale, Tensor? outer_t, int[] "
-      "how_t,"
-      " float[] factors_t, Tensor(f!)? codes_t, Tensor(g!)? scales_t, Tensor(h!)? values_t, Tensor(i!)? top_t,"
-      " Tensor(j!)? global_scale_t) -> ()");
+      " Tensor(b!)? scales, Tensor(c!)? values, Tensor(d!)? top, Tensor(e!)? global_scale, Tensor(f!)? kept,"
+      " Tensor? outer_t, int[] how_t, float[] factors_t, Tensor(g!)? codes_t, Tensor(h!)? scales_t,"
+      " Tensor(i!)? values_t, Tensor(j!)? top_t, Tensor(k!)? global_scale_t, Tensor(l!)? kept_t) -> ()");
   m.def(
       "eden_scales(Tensor corrected, Tensor largest, Tensor codes, Tensor? when, int columns, float budget,"
       " bool swizzled, int[] place, Tensor(a!)? scales, Tensor(b!)? values, Tensor(c!) global_scale) -> ()");
   m.def(
       "decode(Tensor codes, Tensor scales, Tensor global_scale, int[] block, bool e8m0, bool turned, int to,"
-      " float factor, Tensor? top, Tensor(a!) values, Tensor(b!)? scale, Tensor(c!)? lost) -> ()");
+      " float factor, Tensor? top, Tensor(a!) values, Tensor(b!)? scale, Tensor(c!)? lost, Tensor(d!)? memory) -> ()");
   m.def("largest_byte(Tensor scales, Tensor(a!) top) -> ()");
   m.def("swizzle(Tensor scales, int repeat, Tensor(a!) out) -> ()");
 }

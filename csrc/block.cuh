@@ -54,6 +54,25 @@ __device__ __forceinline__ uint32_t sign_word(const Signs& signs, uint32_t which
   return ROT == 16 ? (word & 0xffffu) * 0x10001u : word;
 }
 
+// Stores a thread's VECTORS neighbouring vectors from byte `at` of `to` on; a thread with a negative `at` has none. All
+// lanes of a warp take part: two of them store 32 neighbouring bytes at a time, the least that memory takes whole.
+template <int VECTORS>
+__device__ __forceinline__ void store_paired(void* to, long long at, const uint4 (&v)[VECTORS]) {
+  static_assert(VECTORS % 2 == 0, "pairs");
+  const bool odd = threadIdx.x & 1;
+  const long long other = __shfl_xor_sync(kWarp, at, 1), even_at = odd ? other : at, odd_at = odd ? at : other;
+  auto* of_even = reinterpret_cast<uint4*>(static_cast<unsigned char*>(to) + even_at) + odd;
+  auto* of_odd = reinterpret_cast<uint4*>(static_cast<unsigned char*>(to) + odd_at) + odd;
+#pragma unroll
+  for (int i = 0; i < VECTORS; i += 2) {
+    const uint4 mine = odd ? v[i + 1] : v[i], theirs = odd ? v[i] : v[i + 1];
+    const uint4 got = {__shfl_xor_sync(kWarp, theirs.x, 1), __shfl_xor_sync(kWarp, theirs.y, 1),
+                       __shfl_xor_sync(kWarp, theirs.z, 1), __shfl_xor_sync(kWarp, theirs.w, 1)};
+    if (even_at >= 0) of_even[i] = odd ? got : mine;
+    if (odd_at >= 0) of_odd[i] = odd ? mine : got;
+  }
+}
+
 // max |y| of N elements; NaN if one is.
 template <int N>
 __device__ __forceinline__ float largest(const float* y) {

@@ -79,6 +79,20 @@ __host__ __device__ __forceinline__ float add_up(float a, float b) {
 #endif
 }
 
+// An integer below 2^23 -> fp32, and a in [0, 2^22] -> the integer at or below it: additions, which run at four times
+// the rate of the conversions I2F and F2I.
+__host__ __device__ __forceinline__ float float_of(uint32_t n) { return floats(0x4b000000u | n) - 8388608.0f; }
+
+__host__ __device__ __forceinline__ uint32_t whole_part(float a) {
+#ifdef __CUDA_ARCH__
+  return bits(__fadd_rd(a, 8388608.0f)) & 0x7fffffu;
+#else
+  const float sum = a + 8388608.0f;
+  const bool above = static_cast<double>(sum) - 8388608.0 > static_cast<double>(a);
+  return (bits(sum) - (above ? 1u : 0u)) & 0x7fffffu;
+#endif
+}
+
 // min(x, limit); a NaN stays.
 __host__ __device__ __forceinline__ float below(float x, float limit) { return x > limit ? limit : x; }
 
@@ -102,9 +116,10 @@ __host__ __device__ __forceinline__ uint32_t e2m1_nearest_integer(float u, float
 }
 
 // a in [0, 6] -> as above, up if a is above the level below it by more than (noise + 1/2) / 2^16 of a step; bits 6 to
-// 21 of `noise` are the noise; the sign is that of `sign`. Below 1 the step is that of [1, 2), so 1 is added there: then a
-// step is always the upper half of a mantissa, whose lower 22 bits are compared with noise * 2^6 + 32 by an addition
-// that carries. Rounding a + 1 up keeps that comparison exact: what is lost lay below an integer that it is above.
+// 21 of `noise` are the noise; the sign is that of `sign`. Below 1 the step is that of [1, 2), so 1 is added there: a
+// step is then always the upper half of a mantissa, whose lower 22 bits are compared with noise * 2^6 + 32 by an
+// addition that carries. Rounding a + 1 up keeps that comparison exact: what is lost lay below an integer that it is
+// above.
 __host__ __device__ __forceinline__ uint32_t e2m1_stochastic_integer(float a, float sign, uint32_t noise,
                                                                      float& level) {
   const float one = a < 1.0f ? 1.0f : 0.0f;
@@ -204,6 +219,106 @@ __host__ __device__ __forceinline__ float e8m0_reciprocal(uint32_t byte) {
 // Two fp32 that bf16 holds exactly -> their word, the first one lowest.
 __host__ __device__ __forceinline__ uint32_t bf16x2_exact(float first, float second) {
   return (bits(first) >> 16) | (bits(second) & 0xffff0000u);
+}
+
+// ---- codes by the word: what GEMMs without FP4 tensor cores multiply -----------------------------------------------
+
+// The bytes of `low` (0 to 3) and `high` (4 to 7) that the four low nibbles of `selector`, each below 8, name.
+__host__ __device__ __forceinline__ uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t selector) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(low, high, selector);
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t which = selector >> (4 * i) & 7u, byte = (which < 4 ? low : high) >> (8 * (which % 4)) & 0xffu;
+    found |= byte << (8 * i);
+  }
+  return found;
+#endif
+}
+
+// Two bf16 times two bf16, products that bf16 holds exactly; -0 stays.
+__host__ __device__ __forceinline__ uint32_t bf16x2_times(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint32_t found;  // plus -0: sm_80 has no product alone
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(0x80008000u));
+  return found;
+#else
+  return bf16x2_exact(floats(a << 16) * floats(b << 16), floats(a & 0xffff0000u) * floats(b & 0xffff0000u));
+#endif
+}
+
+// Eight codes -> code * scale as bf16, number i and number i + 4 in a word. scale: bf16 holds it.
+__host__ __device__ __forceinline__ void bf16x2_pairs(uint32_t word, float scale, uint32_t* pair) {
+  const uint32_t twice = bf16x2_exact(scale, scale);
+#pragma unroll  // exponent and mantissa where bf16 has them, 2^126 too small
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t top = word << (12 - 4 * i), small = ((top >> 6) & 0x01c001c0u) | (top & 0x80008000u);
+    pair[i] = bf16x2_times(bf16x2_times(small, 0x7e807e80u), twice);
+  }
+}
+
+// The same in order.
+__host__ __device__ __forceinline__ void bf16x8_values(uint32_t word, float scale, uint32_t* out) {
+  uint32_t pair[4];
+  bf16x2_pairs(word, scale, pair);
+  out[0] = bytes_of(pair[0], pair[1], 0x5410u);
+  out[1] = bytes_of(pair[2], pair[3], 0x5410u);
+  out[2] = bytes_of(pair[0], pair[1], 0x7632u);
+  out[3] = bytes_of(pair[2], pair[3], 0x7632u);
+}
+
+// FP8 types by the bits of their mantissa (2: E5M2, 3: E4M3). highest: the exponent at which 6 is the largest value of
+// E2M1's that is held;  lowest: the last at which all of them are.
+template <int MANTISSA>
+struct Fp8 {
+  static constexpr int bias = MANTISSA == 2 ? 15 : 7, highest = MANTISSA == 2 ? 13 : 6, lowest = 2 - bias - MANTISSA;
+};
+
+struct Levels {
+  uint32_t low, high;
+};
+
+// The FP8 bytes of E2M1's eight levels times 2^exponent, cut towards 0.
+template <int MANTISSA>
+__host__ __device__ __forceinline__ Levels fp8_levels(int exponent) {
+  using F = Fp8<MANTISSA>;
+  if (exponent >= 2 - F::bias) {
+    const auto one = static_cast<uint32_t>(exponent + F::bias) << MANTISSA;  // the byte of 1.0
+    constexpr uint32_t kStep = 1u << (MANTISSA - 1);                         // from 1.0 to 1.5
+    return {one * 0x01010100u + (kStep << 24) - (kStep << 9), one * 0x01010101u + kStep * 0x05040302u};
+  }
+  // as fp32 2^(127 - bias) too small, exponent and mantissa are where fp32 has them, subnormal numbers included
+  const int least = F::lowest - 4;  // below, nothing is left
+  const float factor = floats(static_cast<uint32_t>((exponent < least ? least : exponent) + 126 + F::bias) << 23);
+  Levels found{0, 0};
+#pragma unroll
+  for (uint32_t i = 1; i < 8; ++i) {
+    const uint32_t byte = (bits(floats(i << 22) * factor) >> (23 - MANTISSA)) & 0x7fu;
+    (i < 4 ? found.low : found.high) |= byte << (8 * (i % 4));
+  }
+  return found;
+}
+
+// Eight codes -> two words of four FP8.
+__host__ __device__ __forceinline__ void fp8x8_values(uint32_t word, const Levels& levels, uint32_t* out) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t four = word >> (16 * i);
+    out[i] = bytes_of(levels.low, levels.high, four & 0x7777u) | bytes_of(0u, 0x80808080u, (four >> 1) & 0x4444u);
+  }
+}
+
+// How many of eight codes are no multiple of the smallest FP8 number at 2^exponent.
+template <int MANTISSA>
+__host__ __device__ __forceinline__ uint32_t fp8_lost(uint32_t word, int exponent) {
+  const int below = Fp8<MANTISSA>::lowest - exponent;  // 1/2 is 2^-below of that number
+  if (below <= 0) return 0;
+  const uint32_t lost = below == 1 ? 0x0au : below == 2 ? 0x2eu : below == 3 ? 0xbeu : 0xfeu;  // by level
+  uint32_t found = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) found += (lost >> ((word >> (4 * i)) & 7u)) & 1u;
+  return found;
 }
 
 // ---- formats of research, by integer arithmetic everywhere --------------------------------------------------------

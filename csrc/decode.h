@@ -18,10 +18,18 @@ struct Codes {
   int32_t rows, cols, block_rows, block_cols;
 };
 
+// What a quantizer of power-of-two scales remembers of a slot: eight numbers, zeros before the first matrix.
+// kLargestBefore: the largest scale byte of the matrix before;  kLargest: of this one;  kMisfits: not 0 if this one did
+// not fit into FP8 at the shift that follows from it;  kLost: elements of this one that FP8 cut;  the rest is 0 between
+// matrices.
+enum Memory : int32_t { kLargestBefore = 0, kLargest = 1, kMisfits = 2, kLost = 3, kArrived = 4, kCounting = 5 };
+constexpr uint32_t kHeadroom = 3;  // binades by which the largest scale may grow until a matrix is written twice
+
 // Values of the codes, or (turned) of their transpose: kToFloat all of it times `factor`; kToBFloat16 code * scale; FP8
-// code
-// * scale * 2^shift, where the largest byte, at `top`, goes to the top of the type's range.
+// code * scale * 2^shift, where the largest byte, at `top`, goes to the top of the type's range.
 // scale: [] the factor of all FP8 values;  lost: [] zero before, elements that FP8 cuts towards 0
+// memory: where a quantizer has written `values` in FP8 itself, and only misfits are decoded; then `lost` becomes the
+// most so far
 struct Decode {
   Codes from;
   int32_t to, turned;
@@ -30,6 +38,7 @@ struct Decode {
   void* values;
   float* scale;
   uint32_t* lost;
+  uint32_t* memory;
 };
 cudaError_t launch_decode(const Decode& job, cudaStream_t stream);
 

@@ -17,11 +17,12 @@ struct Spot16 {
   bool inside;
 
   __device__ explicit Spot16(const Filter& job) {
-    const int strips = job.cols / kStrip;
-    const int64_t wanted = static_cast<int64_t>(blockIdx.x) * kFilterThreads + threadIdx.x;
-    inside = wanted < static_cast<int64_t>(job.rows) * strips;
-    row = inside ? static_cast<int>(wanted / strips) : job.rows - 1;
-    col = static_cast<int>(wanted % strips) * kStrip;
+    const uint32_t strips = static_cast<uint32_t>(job.cols) / kStrip;  // unsigned: divisions by half the instructions
+    const uint32_t wanted = blockIdx.x * kFilterThreads + threadIdx.x;
+    const uint32_t found = wanted / strips;
+    inside = found < static_cast<uint32_t>(job.rows);
+    row = inside ? static_cast<int>(found) : job.rows - 1;
+    col = static_cast<int>((wanted - found * strips) * kStrip);
   }
 };
 
@@ -99,6 +100,51 @@ __global__ void __launch_bounds__(kFilterThreads) mask_kernel(const __grid_const
   }
 }
 
+// The most frequent filter, bits of rotated groups of 32: what `filter_kernel` asks of the job is known here. A thread
+// has half a group; a whole one would lie too far from its neighbours' for memory.
+template <bool WIDE>
+__global__ void __launch_bounds__(kFilterThreads) filter32_kernel(const __grid_constant__ Filter job) {
+  constexpr int L = kStrip, kGroup = 32;
+  const uint32_t strips = static_cast<uint32_t>(job.cols) / L, wanted = blockIdx.x * kFilterThreads + threadIdx.x;
+  const uint32_t row = wanted / strips, col = (wanted - row * strips) * L;
+  const bool inside = row < static_cast<uint32_t>(job.rows);
+  const uint64_t start = inside ? static_cast<uint64_t>(wanted) * L : 0;
+  Row<L, WIDE> read;
+  read.read(job.g.data, inside ? row * job.g.stride + col : 0);
+  const uint32_t passes = __ldg(job.kept + start / L);
+  const uint32_t signs = signs_at(job.signs, kGroup, 0) >> (col % kGroup);
+  float y[L];
+  read.get(y);
+  if (job.signs.mode != 0) flip(y, signs);
+  butterflies<kGroup>(y);
+  // a product and not a choice: Inf and NaN that do not pass must still show
+#pragma unroll
+  for (int i = 0; i < L; ++i) y[i] = y[i] * (passes >> i & 1u ? 1.0f : 0.0f);
+  butterflies<kGroup>(y);
+#pragma unroll
+  for (int i = 0; i < L; ++i) y[i] = y[i] * job.inverse;
+  if (job.signs.mode != 0) flip(y, signs);
+  if (job.wide_out) {
+    auto* to = reinterpret_cast<float4*>(static_cast<float*>(job.out) + start);
+    if (!inside) return;
+#pragma unroll
+    for (int i = 0; i < L / 4; ++i) {
+      float4 total = {-0.0f, -0.0f, -0.0f, -0.0f};  // to which y is added without a change
+      if (job.add) total = to[i];
+      to[i] = {total.x + y[4 * i], total.y + y[4 * i + 1], total.z + y[4 * i + 2], total.w + y[4 * i + 3]};
+    }
+    return;
+  }
+  uint4 out[L / 8];
+#pragma unroll
+  for (int i = 0; i < L / 8; ++i) {
+    const float* z = y + 8 * i;
+    out[i] = {bf16x2_nearest(z[0], z[1]), bf16x2_nearest(z[2], z[3]), bf16x2_nearest(z[4], z[5]),
+              bf16x2_nearest(z[6], z[7])};
+  }
+  store_paired(job.out, inside ? static_cast<int64_t>(2 * start) : -1, out);
+}
+
 __global__ void __launch_bounds__(kFilterThreads) filter_kernel(const __grid_constant__ Filter job) {
   const Spot16 at(job);
   const uint32_t signs = signs_at(job.signs, job.rotation, at.col);
@@ -150,16 +196,29 @@ unsigned blocks_of(const Filter& job) {
 }  // namespace
 
 cudaError_t launch_mask(const Filter& job, cudaStream_t stream) {
+  if (static_cast<int64_t>(job.rows) * (job.cols / kStrip) > INT32_MAX) return cudaErrorInvalidValue;
   FP4DIST_LAUNCH(mask_kernel, blocks_of(job), kFilterThreads, 0, stream, job);
   return cudaGetLastError();
 }
 
+// Whether the output is of vectors, and the rest what `filter32_kernel` knows.
+bool is_of_32(const Filter& job) {
+  return job.kept && job.rotation == 32 && job.cols % 32 == 0 && reinterpret_cast<uintptr_t>(job.out) % 16 == 0;
+}
+
 cudaError_t launch_filter(const Filter& job, cudaStream_t stream) {
+  if (static_cast<int64_t>(job.rows) * (job.cols / kStrip) > INT32_MAX) return cudaErrorInvalidValue;
+  if (is_of_32(job)) {
+    const auto kernel = job.g.wide ? &filter32_kernel<true> : &filter32_kernel<false>;
+    FP4DIST_LAUNCH(kernel, blocks_of(job), kFilterThreads, 0, stream, job);
+    return cudaGetLastError();
+  }
   FP4DIST_LAUNCH(filter_kernel, blocks_of(job), kFilterThreads, 0, stream, job);
   return cudaGetLastError();
 }
 
 cudaError_t launch_turn_back(const Filter& job, cudaStream_t stream) {
+  if (static_cast<int64_t>(job.rows) * (job.cols / kStrip) > INT32_MAX) return cudaErrorInvalidValue;
   FP4DIST_LAUNCH(turn_back_kernel, blocks_of(job), kFilterThreads, 0, stream, job);
   return cudaGetLastError();
 }

@@ -4,11 +4,12 @@
 
 #include <cstdint>
 
+#include "decode.h"
 #include "quantize.h"
 
 namespace fp4dist {
 
-constexpr int64_t kJobIntegers = 40, kJobFloats = 7, kPlaceIntegers = 12;
+constexpr int64_t kJobIntegers = 41, kJobFloats = 7, kPlaceIntegers = 12;
 
 struct JobPointers {
   const void* data;
@@ -21,6 +22,7 @@ struct JobPointers {
   void* values;
   void* top;
   void* global_scale;
+  void* kept;
 };
 
 // Where noise comes from, of key, counter words and positions: n[0..5) and, unless null, at[0..7).
@@ -81,8 +83,11 @@ inline Job job_of(const JobPointers& p, const int64_t* n, const double* f) {
   job.outer = static_cast<const uint32_t*>(p.outer);
   job.codes = static_cast<uint32_t*>(p.codes);
   job.scales = p.scales;
+  job.narrow = number(40);
   job.values = static_cast<uint32_t*>(p.values);
-  job.top = static_cast<uint32_t*>(p.top);
+  job.memory = job.narrow ? static_cast<uint32_t*>(p.top) : nullptr;
+  job.top = job.narrow ? job.memory + kLargest : static_cast<uint32_t*>(p.top);
+  job.kept = static_cast<uint32_t*>(p.kept);
   job.global_scale = static_cast<float*>(p.global_scale);
   return job;
 }

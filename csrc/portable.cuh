@@ -24,6 +24,11 @@ __device__ __forceinline__ void copy_async16(void* shared, const void* global, b
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Global memory on its way to the L2 cache, 32 bytes.
+__device__ __forceinline__ void fetch_ahead(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // max of |a| and |b|; NaN if one is.
 __device__ __forceinline__ float max_magnitude(float a, float b) {
   float found;

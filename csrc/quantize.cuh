@@ -41,8 +41,8 @@ __device__ __forceinline__ uint32_t quantize_row(const Job& job, const Whole& wh
   return inside ? top : 0u;
 }
 
-// The largest `top` of the block's threads goes to job.top.
-__device__ __forceinline__ void raise(const Job& job, uint32_t top) {
+// The largest `top` of the block's threads goes to job.top; largest: of `Whole`.
+__device__ __forceinline__ void raise(const Job& job, uint32_t top, int largest) {
   __shared__ uint32_t tops[kThreads / 32];
   if (!job.top) return;
   top = __reduce_max_sync(kWarp, top);
@@ -51,7 +51,9 @@ __device__ __forceinline__ void raise(const Job& job, uint32_t top) {
   __syncthreads();
   if (threadIdx.x >= 32) return;
   top = __reduce_max_sync(kWarp, threadIdx.x < kThreads / 32 ? tops[threadIdx.x] : 0u);
-  if (threadIdx.x == 0 && top != 0) atomicMax(job.top, top);
+  if (threadIdx.x != 0 || top == 0) return;
+  atomicMax(job.top, top);
+  if (job.narrow && static_cast<int>(top) > largest) job.memory[kMisfits] = 1;
 }
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, S::kResident) rows_kernel(const __gr
     const uint32_t magnitude = quantize_row<S>(job, whole, y, now.row, now.col, now.inside);
     top = magnitude > top ? magnitude : top;
   }
-  raise(job, top);
+  raise(job, top, whole.largest);
 }
 
 // Two strips of L elements for each thread. Neighbouring lanes exchange: along the contracted dimension where a
@@ -123,7 +125,7 @@ __device__ __forceinline__ void transposed_tile(const Job& job, const Whole& who
     const uint32_t found = quantize_row<S>(job, whole, y, r, c, r < job.rows && c < job.cols);
     top = found > top ? found : top;
   }
-  raise(job, top);
+  raise(job, top, whole.largest);
 }
 
 // Tiles of the transpose: memory is [job.cols, job.rows].
@@ -141,9 +143,9 @@ __global__ void __launch_bounds__(kThreads, WIDE ? 2 : S::kResidentTurned)
   transposed_tile<S, WIDE>(job, whole, tile, col, row);
 }
 
-// Resident blocks that a pair's kernel leaves registers for: one fewer than the more modest of the two alone.
+// Resident blocks that a pair's kernel leaves registers for: at most three, and no more than either alone.
 template <class A, class B>
-constexpr int pair_resident = A::kResident <= 2 || B::kResidentTurned <= 3 ? 2 : 3;
+constexpr int pair_resident = A::kResident <= 2 || B::kResidentTurned <= 2 || (A::L == 32 && A::ROT > 1) ? 2 : 3;
 
 // Both from one reading of a bf16 tile of memory [a.rows, a.cols]: its rows under A, its columns under B.
 template <class A, class B>
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, pair_resident<A, B>)
     const uint32_t found = quantize_row<A>(a, of_a, y, r, c, r < a.rows && c < a.cols);
     top = found > top ? found : top;
   }
-  raise(a, top);
+  raise(a, top, of_a.largest);
   transposed_tile<B, false>(b, whole_of<B>(b), tile, row, col);
 }
 

@@ -68,10 +68,13 @@ struct Job {
   // outputs; null where not wanted
   uint32_t* codes;      // [rows, cols / 8] words of eight codes
   void* scales;         // [rows / block_rows, cols / block_cols] bytes; of MS-EDEN fp32
-  uint32_t* values;     // [rows, cols / 2] words of two bf16: code * block scale
+  uint32_t* values;     // [rows, cols / 2] words of two bf16: code * block scale; narrow: four FP8 a word
   uint32_t* top;        // zero before: the largest byte of power-of-two scales, MS-EDEN's largest scale, an amax
+  uint32_t* memory;     // narrow: enum Memory of decode.h, of which `top` is one
+  uint32_t* kept;       // of power-of-two scales: [rows, cols / 32] words, a bit for each element that is not clipped
   float* global_scale;  // the tensor's decode scale, of rules with an amax
   int32_t swizzled;     // scales in 128 x 4 tiles as tcgen05 reads them, rows of a block repeated; else as above
+  int32_t narrow;       // of power-of-two scales: enum Carrier of FP8 `values` at the shift that `memory` says, or 0
 };
 
 // Fills the outputs of a job on `stream`; cudaErrorInvalidValue where the combination was not built (see `supported`).

@@ -1,6 +1,7 @@
 // One block of elements: its scale, its codes, its values, and where they are stored.
 #pragma once
 
+#include "decode.h"
 #include "scales.cuh"
 #include "tile.cuh"
 
@@ -19,10 +20,12 @@ struct Side {
   static constexpr int kColumns = 4 * L;      // of a tile in memory
   static constexpr int kStrips = kDepth / L;  // threads side by side along the contracted dimension
   // resident blocks of threads that registers are to leave room for
-  static constexpr bool kThree = RULE == kFourOverSix || (RULE == kEden && L == 32) || (NOISY && ROT == 1);
+  static constexpr bool kThree =
+      RULE == kFourOverSix || RULE == kFloor || (RULE == kEden && L == 32) || (NOISY && ROT == 1);
   static constexpr int kResident = kThree ? 3 : (L == 32 ? 2 : 4);
-  static constexpr int kResidentTurned = L == 32 ? 2 : (NOISY ? 3 : kResident);
+  static constexpr int kResidentTurned = L == 32 ? (RULE == kFloor && ROT == 1 ? 3 : 2) : (NOISY ? 3 : kResident);
   static constexpr bool kTensorScale = RULE == kAmax || RULE == kFourOverSix;
+  static constexpr bool kPowers = RULE == kFloor || RULE == kQuestFloor;
 };
 
 // What a thread knows of the whole tensor. Every thread finds it out itself, while its first elements are on their way:
@@ -30,13 +33,19 @@ struct Side {
 struct Whole {
   float raw_factor, unit;  // s_enc / v; 1 / s_enc
   float post;              // multiplies elements read as bf16 code * scale
+  int largest;             // narrow: the scale byte at the top of the FP8 type
   uint32_t signs;          // of this thread's elements, 32 in a row
   Moment now;
 };
 
+__device__ __forceinline__ uint32_t below_254(uint32_t byte) { return byte < 254u ? byte : 254u; }
+
 template <class S>
 __device__ __forceinline__ Whole whole_of(const Job& job) {
-  Whole whole{0.0f, 1.0f, 1.0f, 0u, moment(job.noise)};
+  Whole whole{0.0f, 1.0f, 1.0f, 0, 0u, moment(job.noise)};
+  if constexpr (S::kPowers) {
+    if (job.narrow) whole.largest = static_cast<int>(below_254(job.memory[kLargestBefore] + kHeadroom));
+  }
   if (job.source >= kCodesE4M3) whole.post = *job.q_global;
   if constexpr (S::ROT > 1) whole.signs = sign_word<S::ROT>(job.signs, threadIdx.x % 4);
   if constexpr (S::kTensorScale) {
@@ -71,16 +80,18 @@ __device__ __forceinline__ void store_scale(const Job& job, int row, int col, ui
   }
 }
 
-// Eight levels with the signs of y times their scale, as bf16.
-__device__ __forceinline__ void store_values(uint32_t* to, const float* level, const float* y, float scale) {
-  uint32_t words[4];
+// WORDS words of codes times their scale as bf16, from element `at` of `to` on if it is not negative. From codes, since
+// levels kept beside them would take registers of all.
+template <int WORDS>
+__device__ __forceinline__ void store_values(uint32_t* to, int64_t at, const uint32_t* words, float scale) {
+  uint4 out[WORDS];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float a = floats(bits(level[2 * i] * scale) | (bits(y[2 * i]) & kSign));
-    const float b = floats(bits(level[2 * i + 1] * scale) | (bits(y[2 * i + 1]) & kSign));
-    words[i] = bf16x2_exact(a, b);
+  for (int g = 0; g < WORDS; ++g) {
+    uint32_t four[4];
+    bf16x8_values(words[g], scale, four);
+    out[g] = {four[0], four[1], four[2], four[3]};
   }
-  *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+  store_paired(to, 2 * at, out);
 }
 
 template <int WORDS>
@@ -90,6 +101,31 @@ __device__ __forceinline__ void store_codes(uint32_t* to, const uint32_t* words)
   } else {
     *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
   }
+}
+
+// The FP8 values of WORDS words of codes under one scale, from element `at` of `to` on if it is not negative; whether
+// the type held all of them.
+template <int MANTISSA, int WORDS>
+__device__ __forceinline__ bool store_fp8(uint32_t* to, int64_t at, const uint32_t* words, uint32_t byte, int largest) {
+  const int exponent = static_cast<int>(byte) - largest + Fp8<MANTISSA>::highest;
+  const bool nothing = byte == 255u;  // words of kNanCodes
+  const Levels levels = nothing ? Levels{0x7f7f7f7fu, 0x7f7f7f7fu} : fp8_levels<MANTISSA>(exponent);
+  uint4 out[WORDS / 2];
+  uint32_t some = 0;
+#pragma unroll
+  for (int i = 0; i < WORDS / 2; ++i) {
+    uint32_t four[4];
+    fp8x8_values(words[2 * i], levels, four);
+    fp8x8_values(words[2 * i + 1], levels, four + 2);
+    out[i] = {four[0], four[1], four[2], four[3]};
+    some |= words[2 * i] | words[2 * i + 1];
+  }
+  if constexpr (WORDS == 2) {
+    if (at >= 0) reinterpret_cast<uint4*>(to)[at / 16] = out[0];
+  } else {
+    store_paired(to, at, out);
+  }
+  return nothing || (some & kNanCodes) == 0 || exponent >= Fp8<MANTISSA>::lowest;
 }
 
 // Rounds eight values u (under noise their magnitudes, with the signs of y): a code word, and the levels of the
@@ -117,30 +153,55 @@ __device__ __forceinline__ Words noise_of_eight(const Job& job, const Moment& no
   return draw(job.noise, now, line + global_group(job.noise, static_cast<uint32_t>(col / 8)));
 }
 
+// COUNT bits of elements from number `at` on.
+template <int COUNT>
+__device__ __forceinline__ void store_kept(uint32_t* to, uint64_t at, uint32_t kept) {
+  if constexpr (COUNT == 32) {
+    to[at / 32] = kept;
+  } else {
+    reinterpret_cast<uint16_t*>(to)[at / 16] = static_cast<uint16_t>(kept);
+  }
+}
+
 // Rounds and stores a thread's part y of a block under a scale; leaves its code words to the caller.
 template <class S>
-__device__ __forceinline__ void round_block(const Job& job, const Moment& now, const Spot& spot, const Scale& scale,
+__device__ __forceinline__ void round_block(const Job& job, const Whole& whole, const Spot& spot, const Scale& scale,
                                             const float* y, uint32_t* words) {
-  const bool first = !S::kTensorScale && job.rule == kFloor;
-  auto* values = job.values + element_at(job, spot.row, spot.col) / 2;
+  const float before = S::kPowers && job.rule == kFloor ? job.before : 1.0f;
+  const uint64_t at = element_at(job, spot.row, spot.col);
+  uint32_t kept = 0;
 #pragma unroll
   for (int g = 0; g < S::W / 8; ++g) {
     float u[8], level[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float z = first ? y[8 * g + i] * job.before : y[8 * g + i];
+      const float z = S::kPowers ? y[8 * g + i] * before : y[8 * g + i];
       u[i] = z * scale.multiplier;  // nearest rounding saturates by itself
-      if (S::NOISY) u[i] = at_most(fabsf(u[i]), 6.0f);
+    }
+    if (S::kPowers && job.kept) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) kept |= fabsf(u[i]) <= 6.0f ? 1u << (8 * g + i) : 0u;
+    }
+    if constexpr (S::NOISY) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) u[i] = at_most(fabsf(u[i]), 6.0f);
     }
     Words noise{};
-    if constexpr (S::NOISY) noise = noise_of_eight(job, now, spot.row, spot.col + 8 * g);
+    if constexpr (S::NOISY) noise = noise_of_eight(job, whole.now, spot.row, spot.col + 8 * g);
     words[g] = round_eight<S>(u, y + 8 * g, noise, level);
-    if (spot.inside && job.values) {  // levels from the codes: kept beside them, all would pay for them
-#pragma unroll
-      for (int i = 0; i < 8; ++i) level[i] = e2m1_value((words[g] << (28 - 4 * i)) & 0x70000000u);
-      store_values(values + 4 * g, level, y + 8 * g, scale.value);
-    }
     if (scale.value != scale.value) words[g] = kNanCodes;
+  }
+  if (job.values && !(S::kPowers && job.narrow)) {
+    store_values<S::W / 8>(job.values, spot.inside ? static_cast<int64_t>(at) : -1, words, scale.value);
+  }
+  if constexpr (S::kPowers) {
+    if (spot.inside && job.kept) store_kept<S::W>(job.kept, at, kept);
+    if (job.narrow) {
+      const int64_t to = spot.inside ? static_cast<int64_t>(at) : -1;
+      const bool fits = job.narrow == 2 ? store_fp8<2, S::W / 8>(job.values, to, words, scale.byte, whole.largest)
+                                        : store_fp8<3, S::W / 8>(job.values, to, words, scale.byte, whole.largest);
+      if (!fits && spot.inside) job.memory[kMisfits] = 1;  // from any thread: all write the same
+    }
   }
 }
 
@@ -187,15 +248,11 @@ __device__ __forceinline__ void best_of_two(const Job& job, float unit, const Sp
 #pragma unroll
   for (int g = 0; g < E / 8; ++g) {
     words[g] = better ? other_words[g] : words[g];
-    if (spot.inside && job.values) {
-      float level[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) level[i] = e2m1_value((words[g] << (28 - 4 * i)) & 0x70000000u);
-      auto* values = job.values + element_at(job, spot.row, spot.col) / 2;
-      store_values(values + 4 * g, level, y + 8 * g, scale.value);
-    }
     if (scale.value != scale.value) words[g] = kNanCodes;
   }
+  if (!job.values) return;
+  const auto at = static_cast<int64_t>(element_at(job, spot.row, spot.col));
+  store_values<E / 8>(job.values, spot.inside ? at : -1, words, scale.value);
 }
 
 // Scale, codes and values of one block, or of this thread's part y of it, of every rule but MS-EDEN; its byte.
@@ -225,7 +282,7 @@ __device__ __forceinline__ uint32_t quantize_block(const Job& job, const Whole& 
     if (job.rule == kCeilAmax) scale.multiplier = scale.multiplier * 6.0f;
     scale.multiplier = below(scale.multiplier, kMaxFloat);
   }
-  round_block<S>(job, whole.now, spot, scale, y, words);
+  round_block<S>(job, whole, spot, scale, y, words);
   return scale.byte;
 }
 

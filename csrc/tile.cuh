@@ -71,47 +71,163 @@ __device__ __forceinline__ int chunk_at(int row, int chunk, int chunks) {
   return row * chunks + (chunk ^ ((row >> 4) & 7));
 }
 
-__device__ __forceinline__ float code_scale(const Job& job, int row, int col) {
-  const uint32_t byte =
-      job.q_scales[static_cast<int64_t>(row / job.q_rows) * (job.rows / job.q_cols) + col / job.q_cols];
+// Where the scales of codes are; shifts in place of divisions where blocks have sizes of powers of two.
+struct ScalePlaces {
+  uint32_t rows, cols, per_row;  // of a block: binary logarithms, if `powers`
+  bool powers;
+
+  __device__ __forceinline__ explicit ScalePlaces(const Job& job) {
+    rows = static_cast<uint32_t>(job.q_rows);
+    cols = static_cast<uint32_t>(job.q_cols);
+    per_row = static_cast<uint32_t>(job.rows) / cols;
+    powers = ((rows & (rows - 1)) | (cols & (cols - 1))) == 0;
+    if (!powers) return;
+    rows = 31 - __clz(static_cast<int>(rows));
+    cols = 31 - __clz(static_cast<int>(cols));
+  }
+
+  // Of the element at (row, col) of memory; POWERS: what `powers` is known to be.
+  template <bool POWERS>
+  __device__ __forceinline__ uint64_t at(uint32_t row, uint32_t col) const {
+    return POWERS ? static_cast<uint64_t>(row >> rows) * per_row + (col >> cols)
+                  : static_cast<uint64_t>(row / rows) * per_row + col / cols;
+  }
+  __device__ __forceinline__ uint64_t anywhere(uint32_t row, uint32_t col) const {
+    return powers ? at<true>(row, col) : at<false>(row, col);
+  }
+};
+
+__device__ __forceinline__ float scale_value(const Job& job, uint32_t byte) {
   return job.source == kCodesE4M3 ? e4m3_value(byte) : e8m0_value(byte);
 }
 
 // Whether elements come as fp32 (else bf16).
 inline bool is_wide(const Job& job) { return job.source == kFloat || job.back > 1; }
 
-// Eight codes at (row, col) of memory as bf16 code * scale.
-__device__ __forceinline__ uint4 decoded8(const Job& job, int row, int col) {
-  const auto* codes = static_cast<const uint8_t*>(job.data) + row * job.stride + col / 2;
-  uint32_t word = 0;
-  if (col + 8 <= job.rows && reinterpret_cast<uintptr_t>(codes) % 4 == 0) {
-    word = __ldg(reinterpret_cast<const uint32_t*>(codes));
-  } else {
-    for (int i = 0; i < 4 && col + 2 * i < job.rows; ++i) word |= static_cast<uint32_t>(codes[i]) << (8 * i);
-  }
-  const float scale = code_scale(job, row, col);
-  float value[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) value[i] = e2m1_value(word << (28 - 4 * i)) * scale;
-  return {bf16x2_exact(value[0], value[1]), bf16x2_exact(value[2], value[3]), bf16x2_exact(value[4], value[5]),
-          bf16x2_exact(value[6], value[7])};
+// Whether the memory of codes is of whole groups of `bytes`, aligned to them.
+__device__ __forceinline__ bool codes_in(const Job& job, int bytes) {
+  return reinterpret_cast<uintptr_t>(job.data) % bytes == 0 && job.stride % bytes == 0 && job.rows % (2 * bytes) == 0;
 }
 
-// 32 codes at (row, col) of memory -> their values over the root of their rotation.
-__device__ __forceinline__ void turned_back_codes(const Job& job, int row, int col, float (&y)[32]) {
-  const auto* codes = static_cast<const uint8_t*>(job.data) + row * job.stride + col / 2;
-  const float factor = *job.q_global * job.back_root;
+__device__ __forceinline__ const uint8_t* codes_at(const Job& job, int row, int col) {
+  return static_cast<const uint8_t*>(job.data) + row * job.stride + col / 2;
+}
+
+// Eight codes at (row, col) of memory however it lies; zeros beyond its end.
+__device__ __forceinline__ uint32_t codes8(const Job& job, int row, int col) {
+  const uint8_t* codes = codes_at(job, row, col);
+  uint32_t word = 0;
+  for (int i = 0; i < 4 && col + 2 * i < job.rows; ++i) word |= static_cast<uint32_t>(codes[i]) << (8 * i);
+  return word;
+}
+
+// Fills a bf16 tile with code * scale.
+template <int COLUMNS>
+__device__ __forceinline__ void fill_from_codes(const Job& job, uint4* tile, int row, int col) {
+  constexpr int kChunks = COLUMNS / 8, kRounds = kDepth * kChunks / kThreads;
+  const ScalePlaces scales(job);
+  const auto put = [&](int i, uint32_t word, uint32_t byte) {
+    uint32_t out[4];
+    bf16x8_values(word, scale_value(job, byte), out);
+    tile[chunk_at(i / kChunks, i % kChunks, kChunks)] = {out[0], out[1], out[2], out[3]};
+  };
+  if (!codes_in(job, 4) || !scales.powers) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kDepth * kChunks; i += kThreads) {
+      const int r = row + i / kChunks, c = col + i % kChunks * 8;
+      const bool inside = r < job.cols && c < job.rows;
+      put(i, inside ? codes8(job, r, c) : 0u, inside ? job.q_scales[scales.anywhere(r, c)] : 0u);
+    }
+    return;
+  }
+  uint32_t words[kRounds] = {}, bytes[kRounds] = {};  // all on their way before the first is waited for
 #pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    uint32_t word = 0;
-    float scale = 0.0f;
-    if (col + 8 * g < job.rows) {
-      scale = code_scale(job, row, col + 8 * g);
+  for (int n = 0; n < kRounds; ++n) {
+    const int i = n * kThreads + static_cast<int>(threadIdx.x), r = row + i / kChunks, c = col + i % kChunks * 8;
+    if (r >= job.cols || c >= job.rows) continue;
+    words[n] = __ldg(reinterpret_cast<const uint32_t*>(codes_at(job, r, c)));
+    bytes[n] = __ldg(job.q_scales + scales.at<true>(r, c));
+  }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(codes[4 * g + i]) << (8 * i);
+  for (int n = 0; n < kRounds; ++n) put(n * kThreads + static_cast<int>(threadIdx.x), words[n], bytes[n]);
+}
+
+// 32 codes of a row of memory, and their scales. VECTORS: whether they lie as most do, codes aligned and blocks of
+// power-of-two sizes.
+struct Codes32 {
+  uint32_t words[4], bytes[4];
+
+  template <bool VECTORS>
+  __device__ __forceinline__ void read(const Job& job, const ScalePlaces& scales, int row, int col) {
+    if constexpr (VECTORS) {
+      const uint4 v = __ldg(reinterpret_cast<const uint4*>(codes_at(job, row, col)));
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else {
+#pragma unroll
+      for (int g = 0; g < 4; ++g) words[g] = col + 8 * g < job.rows ? codes8(job, row, col + 8 * g) : 0u;
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) y[8 * g + i] = e2m1_value(word << (28 - 4 * i)) * scale * factor;
+    for (int g = 0; g < 4; ++g) {
+      if constexpr (VECTORS) {
+        bytes[g] = __ldg(job.q_scales + scales.at<true>(row, col + 8 * g));
+      } else {
+        bytes[g] = col + 8 * g < job.rows ? job.q_scales[scales.anywhere(row, col + 8 * g)] : 0u;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void get(const Job& job, float factor, float (&y)[32]) const {
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      uint32_t pair[4];
+      bf16x2_pairs(words[g], scale_value(job, bytes[g]), pair);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        y[8 * g + i] = floats(pair[i] << 16);
+        y[8 * g + i + 4] = floats(pair[i] & 0xffff0000u);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) y[i] = y[i] * factor;
+  }
+};
+
+// Fills an fp32 tile with codes' values, turned back from their rotation.
+template <int COLUMNS>
+__device__ __forceinline__ void fill_turned_back(const Job& job, uint4* tile, int row, int col) {
+  constexpr int kStrips = COLUMNS / 32, kRounds = kDepth * kStrips / kThreads;
+  const ScalePlaces scales(job);
+  const float factor = *job.q_global * job.back_root;
+  const bool vectors = codes_in(job, 16) && scales.powers;
+  const auto next = [&](int i) {
+    Codes32 codes{};
+    const int r = row + i / kStrips, c = col + i % kStrips * 32;
+    if (r >= job.cols || c >= job.rows) return codes;
+    if (vectors) {
+      codes.read<true>(job, scales, r, c);
+    } else {
+      codes.read<false>(job, scales, r, c);
+    }
+    return codes;
+  };
+  Codes32 coming = next(threadIdx.x);
+#pragma unroll 1
+  for (int n = 0; n < kRounds; ++n) {
+    const int i = n * kThreads + static_cast<int>(threadIdx.x);
+    const Codes32 codes = coming;
+    if (n + 1 < kRounds) coming = next(i + kThreads);
+    float y[32];
+    codes.get(job, factor, y);
+    if (job.back == 16) butterflies<16>(y);
+    if (job.back == 32) butterflies<32>(y);
+#pragma unroll
+    for (int j = 0; j < 32; ++j) y[j] = y[j] * job.back_root;
+    if (job.back_signs != 0) flip(y, job.back_signs);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      tile[chunk_at(i / kStrips, i % kStrips * 8 + j, COLUMNS / 4)] = {bits(y[4 * j]), bits(y[4 * j + 1]),
+                                                                       bits(y[4 * j + 2]), bits(y[4 * j + 3])};
+    }
   }
 }
 
@@ -120,34 +236,8 @@ __device__ __forceinline__ void turned_back_codes(const Job& job, int row, int c
 template <int COLUMNS, bool WIDE>
 __device__ __forceinline__ void fill_tile(const Job& job, uint4* tile, int row, int col) {
   constexpr int kPer = WIDE ? 4 : 8, kChunks = COLUMNS / kPer, kSize = WIDE ? 4 : 2;
-  if (WIDE && job.back > 1) {
-    for (int i = threadIdx.x; i < kDepth * (COLUMNS / 32); i += kThreads) {
-      const int r = i / (COLUMNS / 32), c = i % (COLUMNS / 32) * 32;
-      float y[32] = {};
-      if (row + r < job.cols && col + c < job.rows) {
-        turned_back_codes(job, row + r, col + c, y);
-        if (job.back == 16) butterflies<16>(y);
-        if (job.back == 32) butterflies<32>(y);
-      }
-#pragma unroll
-      for (int j = 0; j < 32; ++j) y[j] = y[j] * job.back_root;
-      flip(y, job.back_signs);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        tile[chunk_at(r, c / 4 + j, kChunks)] = {bits(y[4 * j]), bits(y[4 * j + 1]), bits(y[4 * j + 2]),
-                                                 bits(y[4 * j + 3])};
-      }
-    }
-    return;
-  }
-  if (!WIDE && job.source >= kCodesE4M3) {
-    for (int i = threadIdx.x; i < kDepth * kChunks; i += kThreads) {
-      const int r = i / kChunks, c = i % kChunks * 8;
-      const bool inside = row + r < job.cols && col + c < job.rows;
-      tile[chunk_at(r, i % kChunks, kChunks)] = inside ? decoded8(job, row + r, col + c) : uint4{0, 0, 0, 0};
-    }
-    return;
-  }
+  if (WIDE && job.back > 1) return fill_turned_back<COLUMNS>(job, tile, row, col);
+  if (!WIDE && job.source >= kCodesE4M3) return fill_from_codes<COLUMNS>(job, tile, row, col);
   const auto* data = static_cast<const unsigned char*>(job.data);
   const bool vectors =
       reinterpret_cast<uintptr_t>(data) % 16 == 0 && job.stride * kSize % 16 == 0 && job.rows % kPer == 0;

@@ -7,33 +7,38 @@
 
 namespace fp4dist {
 
-constexpr int kWireThreads = 512;
+constexpr int kWireThreads = 512, kWireWarps = kWireThreads / 32;
 
 // Elements of a thread: 16; of long records 32, or they would not fit into a block of threads.
 inline int wire_run(int chunk) { return chunk <= 4096 ? 16 : 32; }
 
 // ---- exchanges within a block of threads ----------------------------------------------------------------------------
 
-template <class Reduce>
-__device__ __forceinline__ uint32_t over_block(uint32_t mine, uint32_t* parts, Reduce reduce) {
-  const int warps = static_cast<int>(blockDim.x) / 32;
-  if (warps == 1) return mine;
-  __syncthreads();  // what an earlier exchange left here has been read
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = mine;
-  __syncthreads();
-  uint32_t found = parts[0];
-  for (int i = 1; i < warps; ++i) found = reduce(found, parts[i]);
-  return found;
+// Where warps meet: two places in turn, so that one barrier an exchange is enough. Whoever writes a place again has
+// passed the barrier of the exchange between, before which all had read it.
+struct Meeting {
+  uint32_t* parts;  // [2 * kWireWarps], shared
+  uint32_t turn;
+
+  // What each warp shows, at lane number warp; 0 beyond.
+  __device__ __forceinline__ uint32_t of_warps(uint32_t mine) {
+    uint32_t* here = parts + turn * kWireWarps;
+    turn ^= 1;
+    const uint32_t lane = threadIdx.x % 32;
+    if (lane == 0) here[threadIdx.x / 32] = mine;
+    __syncthreads();
+    return lane < blockDim.x / 32 ? here[lane] : 0u;
+  }
+};
+
+__device__ __forceinline__ uint32_t max_of_block(uint32_t mine, Meeting& meeting) {
+  const uint32_t found = __reduce_max_sync(kWarp, mine);
+  return blockDim.x == 32 ? found : __reduce_max_sync(kWarp, meeting.of_warps(found));
 }
 
-__device__ __forceinline__ uint32_t max_of_block(uint32_t mine, uint32_t* parts) {
-  const auto larger = [](uint32_t a, uint32_t b) { return a > b ? a : b; };
-  return over_block(__reduce_max_sync(kWarp, mine), parts, larger);
-}
-
-__device__ __forceinline__ uint32_t sum_of_block(uint32_t mine, uint32_t* parts) {
-  const auto added = [](uint32_t a, uint32_t b) { return a + b; };
-  return over_block(__reduce_add_sync(kWarp, mine), parts, added);
+__device__ __forceinline__ uint32_t sum_of_block(uint32_t mine, Meeting& meeting) {
+  const uint32_t found = __reduce_add_sync(kWarp, mine);
+  return blockDim.x == 32 ? found : __reduce_add_sync(kWarp, meeting.of_warps(found));
 }
 
 // ---- rotation -------------------------------------------------------------------------------------------------------
@@ -142,20 +147,32 @@ struct Wire {
 
   // Values in the basis that the record is in, under its scale g.
   __device__ __forceinline__ void values(float g, float (&y)[L]) const {
+    if constexpr (KIND == kWireFp8 || KIND == kWireInt4) {
 #pragma unroll
-    for (int i = 0; i < L; ++i) {
-      if constexpr (KIND == kWireFp8) {
-        const uint32_t code = words[i / 4] << (24 - 8 * (i % 4));
-        const float magnitude = floats((code >> 4) & 0x07f00000u) * 1.329227995784916e36f;
-        y[i] = floats(bits(magnitude) | (code & kSign)) * g;
-      } else if constexpr (KIND == kWireInt4) {
-        const uint32_t code = words[i / 8] << (28 - 4 * (i % 8));
-        y[i] = floats(bits(static_cast<float>((code >> 28) & 7u)) | (code & kSign)) * g;
-      } else {
-        const uint32_t byte = bytes[L < kBlock ? 0 : i / kBlock];
-        const float scale = KIND == kWireNvfp4 ? e4m3_value(byte) : e8m0_value(byte);
-        y[i] = e2m1_value(words[i / 8] << (28 - 4 * (i % 8))) * scale * g;
+      for (int i = 0; i < L; ++i) {
+        if constexpr (KIND == kWireFp8) {
+          const uint32_t code = words[i / 4] << (24 - 8 * (i % 4));
+          const float magnitude = floats((code >> 4) & 0x07f00000u) * 1.329227995784916e36f;
+          y[i] = floats(bits(magnitude) | (code & kSign)) * g;
+        } else {
+          const uint32_t code = words[i / 8] << (28 - 4 * (i % 8));
+          y[i] = floats(bits(float_of((code >> 28) & 7u)) | (code & kSign)) * g;
+        }
       }
+    } else {
+#pragma unroll
+      for (int i = 0; i < L / 8; ++i) {
+        const uint32_t byte = bytes[L < kBlock ? 0 : i * 8 / kBlock];
+        uint32_t pair[4];
+        bf16x2_pairs(words[i], KIND == kWireNvfp4 ? e4m3_value(byte) : e8m0_value(byte), pair);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          y[8 * i + j] = floats(pair[j] << 16);
+          y[8 * i + j + 4] = floats(pair[j] & 0xffff0000u);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < L; ++i) y[i] = y[i] * g;
     }
   }
 };
@@ -164,59 +181,16 @@ __device__ __forceinline__ uint32_t count_word(int chunk, uint32_t count) {
   return count | static_cast<uint32_t>(31 - __clz(chunk)) << 24;
 }
 
-// ---- sums -----------------------------------------------------------------------------------------------------------
-
-// One sender's record as values; `position` of a wrong one into job.bad.
-template <int KIND, int L>
-__device__ __forceinline__ void read_record(const WireJob& job, const uint8_t* record, uint32_t position,
-                                            uint32_t count, float (&y)[L]) {
-  __shared__ uint32_t parts[kWireThreads / 32];
-  Wire<KIND, L> wire;
-  const auto* header = reinterpret_cast<const uint32_t*>(record);
-  wire.read(record, job.chunk);
-  wire.values(floats(header[2]), y);
-  if (!job.bad) return;
-  const uint32_t w0 = header[0], w1 = header[1];
-  uint32_t tag = header[3];
-  if (job.tagged) tag -= sum_of_block(wire.mixed(job.chunk), parts) + mixed_header(w0, w1, header[2]);
-  const bool wrong = (w0 & ~1u) != job.word0 || w1 != count_word(job.chunk, count) || (job.tagged && tag != 0);
-  if (wrong && threadIdx.x == 0) atomicMin(job.bad, position);
-}
-
-// The senders' records at `position` of each, summed in their order, turned back: once, or each under its own signs.
-template <int KIND, int L>
-__device__ __forceinline__ void sum_records(const WireJob& job, int64_t position, uint32_t count, float (&y)[L]) {
-#pragma unroll
-  for (int i = 0; i < L; ++i) y[i] = -0.0f;  // to which x is added without a change
-#pragma unroll 1
-  for (int s = 0; s < job.senders; ++s) {
-    const uint8_t* record = job.sources + s * job.source_bytes + position * Wire<KIND, L>::size(job.chunk);
-    float z[L];
-    read_record<KIND, L>(job, record, static_cast<uint32_t>(s * job.all_records + position), count, z);
-    if (!job.per_rank) {
-#pragma unroll
-      for (int i = 0; i < L; ++i) z[i] = y[i] + z[i];
-    }
-    if (job.rotation > 1 && (job.per_rank || s == job.senders - 1)) {
-      wire_rotate(job.rotation, z);
-      const auto rank = static_cast<uint32_t>(job.ranks[job.per_rank ? s : 0]);
-      flip(z, wire_signs<L>(job.source_signs, rank, job.rotation));
-    }
-#pragma unroll
-    for (int i = 0; i < L; ++i) y[i] = job.per_rank ? y[i] + z[i] : z[i];
-  }
-}
-
 // ---- encoding -------------------------------------------------------------------------------------------------------
 
 // |u| <= 448 -> E4M3, up if it is above the code below by more than `threshold` of a step.
 __device__ __forceinline__ uint32_t e4m3_above(float u, float threshold) {
   const uint32_t b = bits(u);
   const float steps = (u > 0.015625f ? 0.015625f : u) * 512.0f;
-  const float under = static_cast<float>(static_cast<int>(steps));
+  const uint32_t under = whole_part(steps);
   const bool normal = u >= 0.015625f;
-  const uint32_t code = normal ? (b >> 20) - (120u << 3) : static_cast<uint32_t>(static_cast<int>(steps));
-  const float distance = normal ? static_cast<float>(b & 0xfffffu) * 9.5367431640625e-07f : steps - under;
+  const uint32_t code = normal ? (b >> 20) - (120u << 3) : under;
+  const float distance = normal ? float_of(b & 0xfffffu) * 9.5367431640625e-07f : steps - float_of(under);
   return code + (distance > threshold ? 1u : 0u);
 }
 
@@ -240,16 +214,14 @@ __device__ __forceinline__ void encode_eight(const float* y, float multiplier, f
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint32_t half = (noise.w[i / 2] >> (16 * (i % 2))) & 0xffffu;
-      const float threshold = static_cast<float>(half << 6 | 32u) * 2.384185791015625e-07f;
+      const float threshold = float_of(half << 6 | 32u) * 2.384185791015625e-07f;
       const uint32_t sign = bits(y[i]) >> 31;
       if constexpr (KIND == kWireFp8) {
         const uint32_t code = ROUND == kWireStochastic ? e4m3_above(a[i], threshold) : e4m3_nearest(a[i]);
         to[i / 4] |= (code | sign << 7) << (8 * (i % 4));
       } else {
-        const float low = static_cast<float>(static_cast<int>(a[i]));
-        const uint32_t up = a[i] - low > threshold ? 1u : 0u;
-        const uint32_t code = ROUND == kWireStochastic ? static_cast<uint32_t>(static_cast<int>(a[i])) + up
-                                                       : bits(a[i] + 12582912.0f) & 0xfu;
+        const uint32_t low = whole_part(a[i]), up = a[i] - float_of(low) > threshold ? 1u : 0u;
+        const uint32_t code = ROUND == kWireStochastic ? low + up : bits(a[i] + 12582912.0f) & 0xfu;
         to[0] |= (code | sign << 3) << (4 * i);
       }
     }
@@ -259,8 +231,7 @@ __device__ __forceinline__ void encode_eight(const float* y, float multiplier, f
 // Writes the record of y, 0 beyond `count`; number: the record's among those of its message.
 template <int KIND, int ROUND, int L>
 __device__ __forceinline__ void encode_record(const WireJob& job, float (&y)[L], uint32_t count, uint32_t number,
-                                              uint32_t signs, uint8_t* record) {
-  __shared__ uint32_t parts[kWireThreads / 32];
+                                              uint32_t signs, Meeting& meeting, uint8_t* record) {
   constexpr int kBlock = Wire<KIND, L>::kBlock, kPart = kBlock == 0 || kBlock > L ? L : kBlock;
   Wire<KIND, L> wire;
   if (job.rotation > 1) flip(y, signs);
@@ -273,7 +244,7 @@ __device__ __forceinline__ void encode_record(const WireJob& job, float (&y)[L],
     if (kBlock > L) found[b] = max_magnitude(found[b], __shfl_xor_sync(kWarp, found[b], 1));
     all = max_magnitude(all, found[b]);
   }
-  const uint32_t top = max_of_block(bits(all) & 0x7fffffffu, parts);
+  const uint32_t top = max_of_block(bits(all) & 0x7fffffffu, meeting);
   const float amax = floats(top);
   float g = 1.0f;
   if constexpr (ROUND == kWireEden) {
@@ -285,7 +256,7 @@ __device__ __forceinline__ void encode_record(const WireJob& job, float (&y)[L],
       corrected[b] = choose_eden<Side<16, 1, 1, kEden, false>>(quantizer, y + 16 * b, wire.words + 2 * b);
       largest_scale = max_magnitude(largest_scale, corrected[b]);
     }
-    g = __fdiv_rn(floats(max_of_block(bits(largest_scale) & 0x7fffffffu, parts)), 256.0f);
+    g = __fdiv_rn(floats(max_of_block(bits(largest_scale) & 0x7fffffffu, meeting)), 256.0f);
     g = g == 0.0f ? 1.0f : g;
     const uint32_t first = threadIdx.x * (L / 16);
     const Words noise = draw(job.noise, {job.noise.c1, job.noise.c2}, number * (job.chunk / 64) + first / 4);
@@ -339,7 +310,7 @@ __device__ __forceinline__ void encode_record(const WireJob& job, float (&y)[L],
   const uint32_t w0 = job.word0 | (bad ? 1u : 0u), w1 = count_word(job.chunk, count);
   const uint32_t w2 = bad ? 0x7fc00000u : bits(g * job.shrink);
   uint32_t tag = 0;
-  if (job.tagged) tag = sum_of_block(wire.mixed(job.chunk), parts) + mixed_header(w0, w1, w2);
+  if (job.tagged) tag = sum_of_block(wire.mixed(job.chunk), meeting) + mixed_header(w0, w1, w2);
   if (threadIdx.x == 0) {
     auto* header = reinterpret_cast<uint32_t*>(record);
     header[0] = w0, header[1] = w1, header[2] = w2, header[3] = tag;
@@ -348,9 +319,20 @@ __device__ __forceinline__ void encode_record(const WireJob& job, float (&y)[L],
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
+// resident: blocks of threads on a multiprocessor, of a kernel whose blocks fetch a record while they work on another;
+// 0: a block for each record
 template <class Kernel>
-cudaError_t launch_wire(Kernel kernel, const WireJob& job, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(job.number < job.programs ? job.number : job.programs);
+cudaError_t launch_wire(Kernel kernel, const WireJob& job, cudaStream_t stream, int resident = 0) {
+  int64_t most = job.programs;
+  if (resident > 0) {
+    int device = 0, processors = 0;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) {
+      return error;
+    }
+    if (const int64_t at_once = static_cast<int64_t>(processors) * resident; at_once < most) most = at_once;
+  }
+  const auto blocks = static_cast<unsigned>(job.number < most ? job.number : most);
   FP4DIST_LAUNCH(kernel, blocks, static_cast<unsigned>(job.chunk / wire_run(job.chunk)), 0, stream, job);
   return cudaGetLastError();
 }

@@ -28,6 +28,15 @@ __device__ __forceinline__ void read_run(const Vector& x, int64_t start, int lef
   }
 }
 
+// What read_run would read, into a cache.
+template <int L>
+__device__ __forceinline__ void fetch_run_ahead(const Vector& x, int64_t start, int left) {
+  if (left < L) return;
+  const int size = x.wide ? 4 : 2;
+  const auto* place = static_cast<const unsigned char*>(x.data) + start * size;
+  for (int i = 0; i < L * size; i += 32) fetch_ahead(place + i);
+}
+
 // y += what read_run would read; sixteen at a time, which needs fewer registers.
 template <int L>
 __device__ __forceinline__ void add_run(const Vector& x, int64_t start, int left, float (&y)[L]) {
@@ -40,27 +49,29 @@ __device__ __forceinline__ void add_run(const Vector& x, int64_t start, int left
   }
 }
 
+// All lanes of a warp take part.
 template <int L>
 __device__ __forceinline__ void write_run(const Vector& out, int64_t start, int left, const float (&y)[L]) {
-  auto* place = static_cast<unsigned char*>(out.data) + start * (out.wide ? 4 : 2);
-  if (left >= L && reinterpret_cast<uintptr_t>(place) % 16 == 0) {
-    auto* vectors = reinterpret_cast<uint4*>(place);
-    if (out.wide) {
+  const int64_t at = start * (out.wide ? 4 : 2);
+  auto* place = static_cast<unsigned char*>(out.data) + at;
+  const bool whole = left >= L && reinterpret_cast<uintptr_t>(place) % 16 == 0;
+  const int64_t vectors = whole ? at : -1;
+  if (out.wide) {
+    uint4 v[L / 4];
 #pragma unroll
-      for (int i = 0; i < L / 4; ++i) {
-        vectors[i] = {bits(y[4 * i]), bits(y[4 * i + 1]), bits(y[4 * i + 2]), bits(y[4 * i + 3])};
-      }
-    } else {
-      uint32_t words[L / 2];
+    for (int i = 0; i < L / 4; ++i) v[i] = {bits(y[4 * i]), bits(y[4 * i + 1]), bits(y[4 * i + 2]), bits(y[4 * i + 3])};
+    store_paired(out.data, vectors, v);
+  } else {
+    uint4 v[L / 8];
 #pragma unroll
-      for (int i = 0; i < L / 2; ++i) words[i] = bf16x2_nearest(y[2 * i], y[2 * i + 1]);
-#pragma unroll
-      for (int i = 0; i < L / 8; ++i) {
-        vectors[i] = {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
-      }
+    for (int i = 0; i < L / 8; ++i) {
+      const float* z = y + 8 * i;
+      v[i] = {bf16x2_nearest(z[0], z[1]), bf16x2_nearest(z[2], z[3]), bf16x2_nearest(z[4], z[5]),
+              bf16x2_nearest(z[6], z[7])};
     }
-    return;
+    store_paired(out.data, vectors, v);
   }
+  if (whole) return;
 #pragma unroll
   for (int i = 0; i < L; ++i) {
     if (i >= left) continue;

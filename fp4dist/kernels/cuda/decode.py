@@ -17,7 +17,7 @@ from fp4dist.spec.blocks import Hadamard
 from fp4dist.spec.formats import E2M1
 
 FP8_TYPES = (torch.float8_e5m2, torch.float8_e4m3fn)
-_TO = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e5m2: 2, torch.float8_e4m3fn: 3}  # enum Carrier
+TO = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e5m2: 2, torch.float8_e4m3fn: 3}  # enum Carrier
 
 
 def why_not_codes(q: BlockScaledTensor) -> str | None:
@@ -87,6 +87,16 @@ def carrier_of(
     return Carrier(values, scale, q.rotation, lost=counters[1])
 
 
+def finished(q: BlockScaledTensor, values: Tensor, memory: Tensor, lost: Tensor | None) -> Carrier:
+    """The carrier whose FP8 `values` the quantizer of `q` has written at the shift that follows from a slot's memory:
+    decoded again where they did not fit. See `Want` and enum Memory of csrc/decode.h.
+    """
+    scale = torch.empty((), dtype=torch.float32, device=values.device)
+    count = memory[3] if lost is None else lost
+    _decode(q, values, turned=False, scale=scale, lost=count, memory=memory)
+    return Carrier(values, scale, q.rotation, lost=count)
+
+
 def values_e4m3(q: BlockScaledTensor) -> Tensor:
     """[R, C] float8_e4m3fn: the element values alone, without scales. E4M3 holds every one."""
     return _pairs_e4m3(q.codes.device)[q.codes.to(torch.int32)].view(torch.float8_e4m3fn)
@@ -110,9 +120,9 @@ def swizzled(q: BlockScaledTensor) -> Tensor:
 
 def _decode(
     q: BlockScaledTensor, values: Tensor, *, turned: bool, factor: float = 1.0, top: Tensor | None = None,
-    scale: Tensor | None = None, lost: Tensor | None = None,
+    scale: Tensor | None = None, lost: Tensor | None = None, memory: Tensor | None = None,
 ) -> None:  # fmt: skip
     torch.ops.fp4dist.decode(
         q.codes.contiguous(), q.scales.contiguous(), q.global_scale, q.block, q.format.scale.name == "e8m0", turned,
-        _TO[values.dtype], factor, top, values, scale, lost,
+        TO[values.dtype], factor, top, values, scale, lost, memory,
     )  # fmt: skip

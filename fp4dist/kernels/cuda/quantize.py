@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4dist.kernels.cuda import jobs
-from fp4dist.kernels.cuda.decode import FP8_TYPES, carrier_of, original
+from fp4dist.kernels.cuda.decode import FP8_TYPES, TO, carrier_of, finished, original
 from fp4dist.kernels.cuda.jobs import Form, Source, form_of
 from fp4dist.numerics.grouping import ReduceMax
 from fp4dist.numerics.handed import handed
@@ -96,7 +96,7 @@ def measure(source: Source, spec: QuantSpec, key: Key | None) -> Tensor:
     top = torch.zeros((), dtype=torch.int32, device=source.tensor.device)
     torch.ops.fp4dist.quantize(
         source.tensor, q.scales if q else None, q.global_scale if q else None, None, _when(key),
-        *_measurement(source, spec, key), None, None, None, top, None,
+        *_measurement(source, spec, key), None, None, None, top, None, None,
     )  # fmt: skip
     return top
 
@@ -104,7 +104,7 @@ def measure(source: Source, spec: QuantSpec, key: Key | None) -> Tensor:
 def _measurement(source: Source, spec: QuantSpec, key: Key | None) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """(integers, factors) of the job that only looks for the amax."""
     form = form_of(spec)
-    how = (*source.integers(form, False, jobs.MEASURE), *jobs.signs(spec.rotation, key), *jobs.place(None, 0, 0, 8))
+    how = (*source.integers(form, False, jobs.MEASURE), *jobs.signs(spec.rotation, key), *jobs.place(None, 0, 0, 8), 0)
     return how, (source.root(), *form.factors)
 
 
@@ -128,8 +128,8 @@ def _measure_pair(row: _Work, column: _Work, when: Tensor | None) -> None:
     tops = torch.zeros(2, dtype=torch.int32, device=row.source.tensor.device)
     (how, factors), (how_t, factors_t) = (_measurement(w.source, w.spec, w.key) for w in (row, column))
     torch.ops.fp4dist.quantize_pair(
-        row.source.tensor, when, None, how, factors, None, None, None, tops[0], None, None, how_t, factors_t, None,
-        None, None, tops[1], None,
+        row.source.tensor, when, None, how, factors, None, None, None, tops[0], None, None, None, how_t, factors_t,
+        None, None, None, tops[1], None, None,
     )  # fmt: skip
     row.outer, column.outer = row.reduced(tops[0]), column.reduced(tops[1])
 
@@ -150,6 +150,7 @@ class _Work:
     """One matrix on its way: its outputs, and what the kernel that fills them is told.
 
     counters   [2] int32, zero at first: the largest byte, or MS-EDEN's largest scale; elements that FP8 loses
+    memory     of a slot whose FP8 values the quantizer writes itself, at a shift that follows from it, else None
     """
 
     def __init__(self, source: Source, side: Side) -> None:
@@ -163,16 +164,19 @@ class _Work:
         _check(source.shape, self.spec)
         grid = rows // self.spec.shape[0], cols // self.spec.shape[1]
         self.eden = self.form.rule == jobs.EDEN
-        self.codes = self.scales = self.values = self.corrected = self.counters = self.outer = None
+        self.codes = self.scales = self.values = self.corrected = self.counters = self.outer = self.inside = None
+        self.memory = self.want.memory if self.narrow else None
         if self.want.codes or self.narrow or self.eden:
             self.codes = torch.empty((rows, cols // 2), dtype=torch.uint8, device=device)
         if self.want.codes or self.narrow:
             self.scales = torch.empty(grid, dtype=torch.uint8, device=device)
-        if self.want.carrier == torch.bfloat16:
-            self.values = torch.empty((rows, cols), dtype=torch.bfloat16, device=device)
+        if self.want.carrier == torch.bfloat16 or self.memory is not None:
+            self.values = torch.empty((rows, cols), dtype=self.want.carrier, device=device)
+        if self.want.codes and self.want.mask and self.form.shared is not None:
+            self.inside = torch.empty((rows, cols // 8), dtype=torch.uint8, device=device)
         if self.eden:
             self.corrected = torch.empty(grid, dtype=torch.float32, device=device)
-        if self.eden or self.narrow:
+        if self.eden or (self.narrow and self.memory is None):
             self.counters = torch.zeros(2, dtype=torch.int32, device=device)
         shared = self.form.shared
         self.global_scale = (
@@ -210,11 +214,13 @@ class _Work:
         how = (
             *self.source.integers(form, False), *jobs.signs(self.spec.rotation, self.key),
             *jobs.place(self.key if form.noisy else None, rows, cols, 8),
+            0 if self.memory is None or self.want.carrier is None else TO[self.want.carrier],
         )  # fmt: skip
         scales = self.corrected if self.eden else self.scales
         outputs = (
-            self.codes, scales, None if self.eden else self.values, None if self.counters is None else self.counters[0],
-            self.global_scale if form.needs_amax else None,
+            self.codes, scales, None if self.eden else self.values,
+            self.memory if self.counters is None else self.counters[0],
+            self.global_scale if form.needs_amax else None, self.inside,
         )  # fmt: skip
         return how, (self.source.root(), *form.factors), self.outer, outputs
 
@@ -236,15 +242,26 @@ class _Work:
         if self.codes is None or self.scales is None:
             assert carrier is not None
             return carrier
-        q = BlockScaledTensor(self.codes, self.scales, self.global_scale, spec.format, spec.shape, form.rotation)
+        q = BlockScaledTensor(
+            self.codes, self.scales, self.global_scale, spec.format, spec.shape, form.rotation, inside=self.inside
+        )
         if self.narrow:
-            assert self.want.carrier is not None
-            carrier = carrier_of(q, self.want.carrier, counters=self.counters)
-            if self.want.lost is not None and carrier.lost is not None:
-                torch.maximum(self.want.lost, carrier.lost, out=self.want.lost)
+            carrier = self._narrow_carrier(q)
         if carrier is None:
             return q
         return replace(q, carrier=carrier) if self.want.codes else carrier
+
+    def _narrow_carrier(self, q: BlockScaledTensor) -> Carrier:
+        """FP8 of the codes; where the quantizer has written it, again if the matrix did not fit at its shift."""
+        want = self.want
+        assert want.carrier is not None
+        if self.memory is not None:
+            assert self.values is not None
+            return finished(q, self.values, self.memory, want.lost)
+        carrier = carrier_of(q, want.carrier, counters=self.counters)
+        if want.lost is not None and carrier.lost is not None:
+            torch.maximum(want.lost, carrier.lost, out=want.lost)
+        return carrier
 
     def _round_scales(self) -> None:
         """MS-EDEN's scales, and its carrier, from codes and corrected scales."""

@@ -27,7 +27,7 @@ EMULATOR = Path(__file__).resolve().parent / "emulator"
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
 
 
-PARTS = ("data", "q_scales", "q_global", "outer", "when", "codes", "scales", "values", "top", "global_scale")
+PARTS = ("data", "q_scales", "q_global", "outer", "when", "codes", "scales", "values", "top", "global_scale", "kept")
 
 
 class Pointers(ctypes.Structure):
@@ -114,7 +114,7 @@ def load() -> ctypes.CDLL:
         done(library.emulated_quantize(pointers(source, *read, *out), longs(how), doubles(factors)))
 
     def quantize_pair(source: Tensor, when: Any, outer: Any, how: Any, factors: Any, *rest: Any) -> None:
-        out, (outer_t, how_t, factors_t), out_t = rest[:5], rest[5:8], rest[8:]
+        out, (outer_t, how_t, factors_t), out_t = rest[:6], rest[6:9], rest[9:]
         done(
             library.emulated_quantize_pair(
                 pointers(source, None, None, outer, when, *out), longs(how), doubles(factors),
@@ -136,13 +136,13 @@ def load() -> ctypes.CDLL:
 
     def decode(
         codes: Tensor, scales: Tensor, global_scale: Tensor, block: Any, e8m0: bool, turned: bool, to: int,
-        factor: float, top: Any, values: Tensor, scale: Any, lost: Any,
+        factor: float, top: Any, values: Tensor, scale: Any, lost: Any, memory: Any,
     ) -> None:  # fmt: skip
         rows, width = codes.shape
         done(
             library.emulated_decode(
                 at(codes), at(scales), at(global_scale), int(e8m0), rows, width * 2, *block, to, int(turned),
-                ctypes.c_double(factor), at(top), at(values), at(scale), at(lost),
+                ctypes.c_double(factor), at(top), at(values), at(scale), at(lost), at(memory),
             )
         )  # fmt: skip
 

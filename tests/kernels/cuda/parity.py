@@ -15,10 +15,12 @@ import torch
 from fp4dist import numerics
 from fp4dist.kernels.cuda import decode, jobs, ops, quantize
 from fp4dist.numerics.layout import swizzle
+from fp4dist.numerics.tensor import Carrier, Want
 from fp4dist.spec.build import build
 from fp4dist.spec.recipe import QuantSpec
 from tests.generators import families
 from tests.kernels.triton import parity as matrix
+from tests.kernels.triton import powers_parity as powers
 
 EDEN = {  # of other rotations than the recipes'
     f"eden {size} {signs}": {"format": "nvfp4", "rounding": "eden", "rotation": {"size": size, "signs": signs}}
@@ -40,6 +42,7 @@ CHECKS = (
     "handed",
     "layouts",
     "other_rotations",
+    "memories",
 )
 
 
@@ -48,6 +51,39 @@ def use_ours() -> None:
     for name, function in OURS.items():
         assert hasattr(matrix, name), name
         setattr(matrix, name, function)
+        if hasattr(powers, name):
+            setattr(powers, name, function)
+
+
+def of_memories(device: torch.device) -> Iterator[str]:
+    """FP8 values that quantizers write at a remembered shift, alone and in pairs; mask bits beside codes."""
+    for check in (powers.of_remembered, powers.of_losses, powers.of_turned, powers.of_held, powers.of_masks):
+        yield from check(device)
+    x = families(64, 128)["normal"] * torch.logspace(-30, 15, 4, base=2.0).repeat_interleave(32)
+    x = x.to(device=device, dtype=torch.bfloat16)
+    for row, column in ((spec, other) for spec, other in matrix.pairs() if spec.format.scale.name == "e8m0"):
+        memories = torch.zeros((4, powers.MEMORY), dtype=torch.int32, device=device)
+        wants = [Want(False, powers.FP8[i % 2], memory=memories[i]) for i in range(4)]
+        for _ in range(2):
+            pair = quantize.quantize_pair(
+                x,
+                *(
+                    quantize.Side(spec, matrix.WHOLE, None, want)
+                    for spec, want in zip((row, column), wants[:2], strict=True)
+                ),
+            )
+            alone = (
+                quantize.quantize(x, row, matrix.WHOLE, want=wants[2]),
+                quantize.quantize(x.t(), column, matrix.WHOLE, want=wants[3]),
+            )
+            for one, other in zip(pair, alone, strict=True):
+                assert isinstance(one, Carrier)
+                assert isinstance(other, Carrier)
+                same = torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
+                if not same or not torch.equal(one.scale, other.scale):
+                    yield f"FP8 of the pair {row.label()} | {column.label()}"
+        if not torch.equal(memories[:2], memories[2:]) or not memories[:, 0].all():
+            yield f"what is remembered of the pair {row.label()} | {column.label()}: {memories.tolist()}"
 
 
 def of_layouts(device: torch.device) -> Iterator[str]:
@@ -74,7 +110,7 @@ def of_other_rotations(device: torch.device) -> Iterator[str]:
 def differences(check: str, device: torch.device) -> Iterator[str]:
     """What differs in one of CHECKS."""
     use_ours()
-    mine = {"layouts": of_layouts, "other_rotations": of_other_rotations}
+    mine = {"layouts": of_layouts, "other_rotations": of_other_rotations, "memories": of_memories}
     yield from (mine[check] if check in mine else getattr(matrix, f"of_{check}"))(device)
 
 

@@ -79,7 +79,8 @@ def test_the_layer_table_says_each_reason_once(resolved: list[list[str]]) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.skipif(cuda.MISSING is not None, reason=str(cuda.MISSING))
 @pytest.mark.parametrize(
-    "what", ["quantizers", "requantizers", "rotated_codes", "products", "carriers", "pairs", "handed", "layouts"]
+    "what",
+    ["quantizers", "requantizers", "rotated_codes", "products", "carriers", "pairs", "handed", "layouts", "memories"],
 )
 def test_the_built_kernels_have_the_references_bits(what: str) -> None:
     from tests.kernels.cuda import parity

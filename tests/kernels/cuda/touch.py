@@ -87,7 +87,10 @@ def main(device: torch.device) -> int:
                 quantize.requantize(q, spec, matrix.WHOLE)
                 calls += 1
         if spec.format.scale.name == "e8m0":
-            quantize.quantize(x, spec, matrix.WHOLE, want=Want(False, torch.float8_e5m2))
+            memory = torch.zeros(8, dtype=torch.int32, device=device)
+            for want in (Want(False, torch.float8_e5m2), Want(True, torch.float8_e4m3fn, True, memory)):
+                quantize.quantize(x, spec, matrix.WHOLE, want=want)
+                calls += 1
     for row, column in matrix.pairs():
         size = max(s.columns_multiple for s in (row, column))
         x = torch.randn((3 * size, 3 * size), device=device).to(torch.bfloat16)

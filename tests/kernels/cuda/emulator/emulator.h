@@ -162,6 +162,15 @@ T __shfl_xor_sync(uint32_t, T value, int mask) {
   return found;
 }
 
+template <class T>
+T __shfl_sync(uint32_t, T value, int from) {
+  T found{};
+  emulator::exchange(value, [&](unsigned lane, T shown) {
+    if (lane == static_cast<unsigned>(from)) found = shown;
+  });
+  return found;
+}
+
 inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   uint32_t found = 0;
   emulator::exchange(value, [&](unsigned, uint32_t shown) { found = std::max(found, shown); });
@@ -177,6 +186,8 @@ inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
 inline uint32_t atomicMax(uint32_t* to, uint32_t value) { return std::exchange(*to, std::max(*to, value)); }
 inline uint32_t atomicMin(uint32_t* to, uint32_t value) { return std::exchange(*to, std::min(*to, value)); }
 inline uint32_t atomicAdd(uint32_t* to, uint32_t value) { return std::exchange(*to, *to + value); }
+inline uint32_t atomicExch(uint32_t* to, uint32_t value) { return std::exchange(*to, value); }
+inline void __threadfence() {}
 template <class T>
 T __ldg(const T* from) {
   return *from;
@@ -210,6 +221,8 @@ inline void copy_async16(void* shared, const void* global, bool inside) {
 }
 
 inline void wait_for_copies() {}
+
+inline void fetch_ahead(const void*) {}
 
 inline float max_magnitude(float a, float b) {
   if (a != a || b != b) return __uint_as_float(0x7fffffffu);

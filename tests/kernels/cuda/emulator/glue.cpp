@@ -37,7 +37,7 @@ int emulated_eden_scales(const float* corrected, const uint32_t* largest, const 
 
 int emulated_decode(const uint8_t* codes, const uint8_t* scales, const float* global_scale, int e8m0, int rows,
                     int cols, int block_rows, int block_cols, int to, int turned, double factor, const uint32_t* top,
-                    void* values, float* scale, uint32_t* lost) {
+                    void* values, float* scale, uint32_t* lost, uint32_t* memory) {
   const fp4dist::Decode job{{codes, scales, global_scale, e8m0, rows, cols, block_rows, block_cols},
                             to,
                             turned,
@@ -45,7 +45,8 @@ int emulated_decode(const uint8_t* codes, const uint8_t* scales, const float* gl
                             top,
                             values,
                             scale,
-                            lost};
+                            lost,
+                            memory};
   return fp4dist::launch_decode(job, nullptr);
 }
 
