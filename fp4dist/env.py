@@ -133,6 +133,18 @@ def serialize_device_queues() -> bool:
     return True
 
 
+def put_transfers_first() -> bool:
+    """Set TORCH_NCCL_HIGH_PRIORITY=1 unless it is set; True when it was set now.
+
+    A transfer needs multiprocessors. Without priority it waits until a kernel before it, such as the coding of the next
+    piece, has handed out all its blocks, and nothing overlaps. Before a process group makes its first connection.
+    """
+    if "TORCH_NCCL_HIGH_PRIORITY" in os.environ:
+        return False
+    os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"
+    return True
+
+
 def log_nccl_init(path: str) -> None:
     """Let NCCL write what it decides at init (transports, multi-node NVLink) to `path`. Before the first collective."""
     os.environ.update(NCCL_DEBUG="INFO", NCCL_DEBUG_SUBSYS="INIT", NCCL_DEBUG_FILE=path)

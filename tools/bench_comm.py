@@ -245,6 +245,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pieces", type=int, nargs="+", default=[0], help="pieces that are overlapped; 0: by size")
     parser.add_argument("--sms", type=int, nargs="+", default=[0], help="multiprocessors for the codec; 0: all")
     parser.add_argument("--urgent", action="store_true", help="also with the codec's kernels before those that wait")
+    parser.add_argument("--no-priority", action="store_true", help="NCCL's kernels wait behind the codec's")
     parser.add_argument("--only", nargs="+", help="methods whose collective and name hold one of these words")
     parser.add_argument("--inner", type=int, nargs="*", help="ranks of the inner level of two; default: 2 of 4 or more")
     parser.add_argument("--qgz", action="store_true", help="DeepSpeed's qgZ too; its operators are built first")
@@ -272,7 +273,8 @@ def run_regime(args: argparse.Namespace, regime: str) -> list[dict[str, Any]]:
         if args.regimes:
             at = sys.argv.index("--regimes") if "--regimes" in sys.argv else 0
             words = sys.argv[1:at] + sys.argv[at + 1 + len(args.regimes) :]
-        setting = ["env", "NCCL_NVLS_ENABLE=0", *REGIMES[regime]]
+        first = f"TORCH_NCCL_HIGH_PRIORITY={int(not args.no_priority)}"
+        setting = ["env", "NCCL_NVLS_ENABLE=0", first, *REGIMES[regime]]
         common = [sys.executable, __file__, *words, "--child", regime, "--store", f"{folder}/store"]
         started = [
             subprocess.Popen([*setting, *common, "--json", str(answer), "--rank", str(rank)])
@@ -295,6 +297,7 @@ def main() -> None:
     device = platform.processor() or platform.machine() if args.cpu else torch.cuda.get_device_name()
     nccl = "" if args.cpu else ", NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
     title = f"{args.world} x {device}, torch {torch.__version__}{nccl}, fp4dist {fp4dist.__version__}, NVLS off"
+    title += ", no priority for transfers" if args.no_priority else ""
     print(title, *ratios(rows), sep="\n")
     args.out.write_text(json.dumps({"title": title, "rows": rows}, indent=1), encoding="utf-8")
     try:

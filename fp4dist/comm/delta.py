@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fp4dist.comm.collectives import all_gather_parts
 from fp4dist.comm.compression import Compression
+from fp4dist.comm.exchange import Handle, Options
 from fp4dist.comm.parts import rooms
-from fp4dist.comm.policy import decide, span_of, why_exact
+from fp4dist.comm.policy import decide, pairs_of, span_of, why_exact
 from fp4dist.comm.reduction import Bucket, Segment, views
 from fp4dist.spec.wire import BF16_WIRE, FP32_WIRE, Wire
 
@@ -58,9 +59,11 @@ class DeltaBucket:
         owned = tuple(((k * part, (k + 1) * part),) for k in range(self.size))
         described = Bucket(name, tuple(sorted(segments, key=lambda s: s.start)), owned)
         self.coded, self.exact = described.runs(coded=True), described.runs(coded=False)
+        span = span_of(dist.get_process_group_ranks(group), compression.topology)
+        self._options = Options(pairs=pairs_of(compression.config, span, None, compression.topology)[0])
         self.decision = decide(
             compression.config, "param_gather", name, numel=described.numel, coded=described.coded_numel,
-            itemsize=itemsize, span=span_of(dist.get_process_group_ranks(group), compression.topology),
+            itemsize=itemsize, span=span,
             topology=compression.topology, why=described.why(),
         )  # fmt: skip
         self.number = compression.register(self.decision)
@@ -96,7 +99,7 @@ class DeltaBucket:
         runs = self.exact if self.wire is not None else [[run] for run in self.slices]
         outs = [views(self.data, own) for own in runs]
         wire = FP32_WIRE if self.data.dtype == torch.float32 else BF16_WIRE
-        handle = all_gather_parts(outs, outs[self.rank], wire, self._noise(), self.group, async_op=True)
+        handle = self._gather(outs, outs[self.rank], wire)
 
         def finish() -> None:
             handle.wait()
@@ -113,7 +116,7 @@ class DeltaBucket:
             self.aside = torch.cat([self.data.new_empty(0), *own])
         left = iter(rooms([b - a for runs in self.coded for a, b in runs], self.data.device))
         changes = [[next(left) for _ in runs] for runs in self.coded]
-        handle = all_gather_parts(changes, delta, wire, self._noise(), self.group, async_op=True)
+        handle = self._gather(changes, delta, wire)
 
         @torch.no_grad()
         def finish() -> None:
@@ -132,9 +135,12 @@ class DeltaBucket:
         """Each slice is taken from its owner, exactly; a collective call."""
         outs = [views(self.data, [run]) for run in self.slices]
         wire = FP32_WIRE if self.data.dtype == torch.float32 else BF16_WIRE
-        all_gather_parts(outs, outs[self.rank], wire, self._noise(), self.group).wait()
+        self._gather(outs, outs[self.rank], wire).wait()
         self.seen = [view.clone() for view in self._own(self.coded)]
         self.aside, self._changed = None, False
+
+    def _gather(self, outs: Sequence[Sequence[Tensor]], mine: Sequence[Tensor], wire: Wire) -> Handle:
+        return all_gather_parts(outs, mine, wire, self._noise(), self.group, async_op=True, options=self._options)
 
     @property
     def slices(self) -> list[tuple[int, int]]:

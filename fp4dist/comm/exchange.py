@@ -1,9 +1,10 @@
 """Running a coded collective: encode, transfer and decode of several pieces, one after the other or overlapped.
 
 On a GPU a call enqueues everything and returns: encoding on one stream, transfers on the process group's own, decoding
-on another, so that piece p + 1 is encoded while piece p travels. `Handle.wait` lets the caller's current stream wait.
-On a CPU the transfers are under way when the call returns, and `wait` decodes; handles must then be waited for in the
-order of their calls, on all ranks.
+on another, so that piece p + 1 is encoded while piece p travels. A transfer needs multiprocessors, too: unless NCCL's
+streams have priority (TORCH_NCCL_HIGH_PRIORITY=1) it waits until kernels that came before it have let go of some.
+`Handle.wait` lets the caller's current stream wait. On a CPU the transfers are under way when the call returns, and
+`wait` decodes; handles must then be waited for in the order of their calls, on all ranks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -109,6 +111,10 @@ class Exchange(Protocol):
         """(where the bytes arrive, the transfer under way)."""
         ...
 
+    def at_once(self, piece: int) -> Callable[[], None] | None:
+        """Write what need not arrive, once the message is encoded; returns as `decode` does."""
+        ...
+
     def decode(self, piece: int, received: Tensor) -> Callable[[], None] | None:
         """Write what arrived; what has to be called once the device is done, if anything."""
         ...
@@ -182,6 +188,7 @@ def _on_cpu(exchanges: Sequence[Exchange], device: torch.device) -> Callable[[],
             if i > 0:
                 found = _begun(exchange)
             for piece, (received, work) in enumerate(found):
+                exchange.at_once(piece)
                 work.wait()
                 exchange.copied()
                 exchange.decode(piece, received)
@@ -195,32 +202,34 @@ def _begun(exchange: Exchange) -> list[tuple[Tensor, Any]]:
 
 def _on_gpu(exchanges: Sequence[Exchange], device: torch.device) -> Callable[[], None]:
     """Everything is enqueued; the returned function lets the current stream wait."""
-    encoding, decoding = _streams(device, exchanges[0].options.urgent)
+    urgent = exchanges[0].options.urgent
+    decoding, *sending = streams = [_stream(device, role, urgent) for role in range(len(exchanges) + 1)]
     begun = torch.cuda.current_stream(device).record_event()
-    encoding.wait_event(begun)
-    decoding.wait_event(begun)
+    for stream in streams:
+        stream.wait_event(begun)
     memory = {t.untyped_storage().data_ptr(): t for exchange in exchanges for t in exchange.tensors}
-    for t in memory.values():
-        t.record_stream(encoding)
-        t.record_stream(decoding)
+    for t, stream in product(memory.values(), streams):
+        t.record_stream(stream)
     checks: list[Callable[[], None]] = []
     written: dict[tuple[int, int], Any] = {}  # events, by exchange and piece
     for i, piece in _order(exchanges):
         exchange = exchanges[i]
-        with torch.cuda.stream(encoding):
+        with torch.cuda.stream(sending[i]):
             if i > 0:
-                encoding.wait_event(written[i - 1, piece])
+                sending[i].wait_event(written[i - 1, piece])
             message = exchange.encode(piece)
+            encoded = sending[i].record_event()
             received, work = exchange.transfer(piece, message)
         with torch.cuda.stream(decoding):
+            decoding.wait_event(encoded)
+            found = [exchange.at_once(piece)]
             work.wait()
-            check = exchange.decode(piece, received)
+            found.append(exchange.decode(piece, received))
             written[i, piece] = decoding.record_event()
         for t in (message, received, *exchange.copied()):  # made on either stream; NCCL lets go of them at `work.wait`
-            t.record_stream(encoding)
+            t.record_stream(sending[i])
             t.record_stream(decoding)
-        if check is not None:
-            checks.append(check)
+        checks += [check for check in found if check is not None]
     done = decoding.record_event()
 
     def finish() -> None:
@@ -240,8 +249,10 @@ def _order(exchanges: Sequence[Exchange]) -> Iterator[tuple[int, int]]:
                 yield i, turn - i
 
 
-@lru_cache(maxsize=16)
-def _streams(device: torch.device, urgent: bool) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """For encoding and for decoding."""
+@lru_cache(maxsize=32)
+def _stream(device: torch.device, role: int, urgent: bool) -> torch.cuda.Stream:
+    """For decoding (role 0), or for encoding and sending in the role-th exchange, each of which has its own: what waits
+    for a sum must not hold up the next piece of the exchange before it.
+    """
     with torch.cuda.device(device) if device.index is not None else nullcontext():
-        return torch.cuda.Stream(device, priority=-urgent), torch.cuda.Stream(device, priority=-urgent)
+        return torch.cuda.Stream(device, priority=-urgent)

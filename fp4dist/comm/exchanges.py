@@ -67,6 +67,14 @@ def _formula(tensors: Sequence[Tensor], wire: Wire, chunk: int) -> int:
     return sum(wire.bytes_of(t.numel(), chunk) for t in tensors)
 
 
+def _pieces(tensors: Sequence[Tensor], options: Options, pieces: int | None) -> int:
+    """`pieces` where an exchange before has them; none where no rank has an element: an empty message has no device."""
+    if pieces is not None:
+        return pieces
+    elements = sum(t.numel() for t in tensors)
+    return options.pieces_for(elements, tensors[0].device) if elements else 0
+
+
 def _call(functions: Sequence[Callable[[], None]]) -> None:
     for function in functions:
         function()
@@ -90,6 +98,10 @@ class _Coded:
         """What was sent in place of messages since the last call: to be held until it has left."""
         found, self._copies = self._copies, []
         return found
+
+    def at_once(self, piece: int) -> Callable[[], None] | None:
+        """See `Exchange`: nothing."""
+        return None
 
     def place(self, what: str) -> str:
         """Text that begins an error's message."""
@@ -162,7 +174,7 @@ class Scatter(_Coded):
         self.factor = 1.0 / members.size if op == "mean" else 1.0
         self.tensors = [*every, *out]
         self.device = every[0].device if every else torch.device("cpu")
-        self.pieces = pieces or options.pieces_for(sum(t.numel() for t in every), self.device)
+        self.pieces = _pieces(every, options, pieces)
         self.coded = options.own == "coded" and not wire.plain
         self.then: Gather | None = None
         self.formula = sum(_formula(parts[i], wire, chunk) for i in members.others)
@@ -250,9 +262,11 @@ class Gather(_Coded):
         self.mine, self.outs = _Numbered([mine], wire, chunk), _Numbered(outs, wire, chunk)
         self.tensors = [*every, *mine]
         self.device = every[0].device if every else torch.device("cpu")
-        self.pieces = pieces or options.pieces_for(sum(t.numel() for t in every), self.device)
+        self.pieces = _pieces(every, options, pieces)
         self.formula = (members.size - 1) * _formula(mine, wire, chunk)
         self.made: dict[int, Tensor] = {}  # records of pieces that the exchange before has made already
+        self.in_pairs = members.size == 2 and options.pairs == "all_to_all"
+        self._own: dict[int, Tensor] = {}  # in pairs: this rank's records, which go to the other alone
 
     def encode(self, piece: int) -> Tensor:
         """This rank's records."""
@@ -265,6 +279,10 @@ class Gather(_Coded):
         """To all."""
         members = self.members
         sizes = [self.outs.bytes(i, piece, self.pieces) for i in range(members.size)]
+        if self.in_pairs:
+            self._own[piece] = message
+            coming = [0 if i == members.place else size for i, size in enumerate(sizes)]
+            return self.swap(message, coming, [0 if i == members.place else message.numel() for i in range(2)])
         if len(set(sizes)) == 1:
             return self.gather(message)
         self.sent += (members.size - 1) * message.numel()
@@ -276,9 +294,16 @@ class Gather(_Coded):
             received, self._copies[-1], sizes, leaving, group=members.group, async_op=True
         )
 
+    def at_once(self, piece: int) -> Callable[[], None] | None:
+        """In pairs: this rank's own values."""
+        if not self.in_pairs:
+            return None
+        return self.write_each(self.outs, [self.members.place], piece, self._own.pop(piece), "all-gather")
+
     def decode(self, piece: int, received: Tensor) -> Callable[[], None] | None:
-        """All ranks' values, this one's too."""
-        return self.write_each(self.outs, range(self.members.size), piece, received, "all-gather")
+        """All ranks' values, this one's too, as far as `at_once` has not written them."""
+        places = self.members.others if self.in_pairs else range(self.members.size)
+        return self.write_each(self.outs, places, piece, received, "all-gather")
 
 
 class Swap(_Coded):

@@ -134,6 +134,7 @@ class _Arriving(Gather):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.in_pairs = False  # the records of all are passed on, those of this rank, too
         self.arrived: dict[int, Tensor] = {}
 
     def decode(self, piece: int, received: Tensor) -> None:

@@ -5,7 +5,7 @@
     faults = judge(seen.collectives, decisions, booked)      # no faults: compressed buckets went as codes, and only so
 
 Coded messages are uint8 all-to-alls, or all-gathers of two ranks. Gradients in high precision go by collectives that
-reduce. On NCCL `kernels` has its kernels by name as well.
+reduce. On NCCL calls of groups of one rank are left out, and `kernels` has its kernels by name as well.
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ def profiled() -> Iterator[Trace]:
     found.kernels = _kernels(events)
 
 
-def _collectives(events: Iterable[Mapping[str, Any]]) -> Iterator[Seen]:
+def _collectives(events: Sequence[Mapping[str, Any]]) -> Iterator[Seen]:
+    alone = [(event["tid"], event["ts"]) for event in events if _is_of_one(event)]
     for event in events:
         name = str(event.get("name", ""))
-        if event.get("cat") != "cpu_op" or not name.startswith("c10d::"):
+        if event.get("cat") != "cpu_op" or not name.startswith("c10d::") or _holds(event, alone):
             continue
         dims, types = event["args"].get("Input Dims", []), event["args"].get("Input type", [])
         tensors = [(shape, kind) for shape, kind in zip(dims, types, strict=False) if shape]
@@ -81,6 +82,17 @@ def _collectives(events: Iterable[Mapping[str, Any]]) -> Iterator[Seen]:
             listed = kind == "TensorList"
             elements = sum(_numel(s) for s in shape) if listed else _numel(shape)
             yield Seen(name.removeprefix("c10d::"), "" if listed else kind, elements)
+
+
+def _is_of_one(event: Mapping[str, Any]) -> bool:
+    """Whether NCCL's process group notes with it that its group is one rank, such as tensor parallelism's of size 1."""
+    return event.get("name") == "record_param_comms" and event.get("args", {}).get("Group size") == 1
+
+
+def _holds(event: Mapping[str, Any], inner: Iterable[tuple[Any, float]]) -> bool:
+    """Whether one of the (thread, time) lies in `event`."""
+    first, last = event["ts"], event["ts"] + event.get("dur", 0.0)
+    return any(thread == event["tid"] and first <= time <= last for thread, time in inner)
 
 
 def _numel(shape: Sequence[int]) -> int:

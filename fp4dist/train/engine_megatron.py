@@ -246,7 +246,14 @@ class MegatronEngine:
         optim.place_schedule(self._learning_rate, step)
 
     def close(self) -> None:
-        """Nothing outlives the process groups."""
+        """Nothing outlives the process groups, nor its memory the engine.
+
+        Megatron's rotary embeddings cache by module, whose hooks hold weights, gradients and the optimizer's.
+        """
+        for module in (m for chunk in self._chunks for m in chunk.modules()):
+            forget = getattr(type(module).forward, "cache_clear", None)
+            if forget is not None:
+                forget()
 
     def _finish_gathers(self) -> None:
         """Whole weights on every rank now, where the gather of updated ones waits for the next forward pass."""

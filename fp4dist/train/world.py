@@ -189,6 +189,8 @@ def _device(config: RunConfig) -> torch.device:
         return torch.device("cpu")
     if config.parallel.tp > 1 and env.serialize_device_queues():
         log.info("CUDA_DEVICE_MAX_CONNECTIONS=1 is set: tensor-parallel collectives start in the order of their launch")
+    if config.comm is not None and config.comm.active and env.put_transfers_first():
+        log.info("TORCH_NCCL_HIGH_PRIORITY=1 is set: transfers of coded pieces come before the coding of the next ones")
     ranks, count = max(env.local_world_size(), env.local_rank() + 1), torch.cuda.device_count()
     if ranks > count:
         raise ConfigError(

@@ -1,10 +1,12 @@
 """The checks of this folder on NCCL ranks: one line each, exit code 1 where one failed. Nothing here is timed.
 
-    python -m tests.comm_adapters.on_gpus                    # all groups beside each other, a rank on each GPU
+    python -m tests.comm_adapters.on_gpus                    # all groups, a rank on each GPU
     python -m tests.comm_adapters.on_gpus zero hook          # some of them
     python -m tests.comm_adapters.on_gpus --cpu 2 levels     # the same program over gloo
 
-Runs are those of `test_engines`: coded ones must learn as exact ones do and send the bytes that were announced.
+Groups are dealt to so many starts of the ranks as --starts says, which run beside each other; a start runs its groups
+one after another, since importing the engines takes as long as most of them. Runs are those of `test_engines`: coded
+ones must learn as exact ones do and send the bytes that were announced.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fp4dist.comm import trace
 from fp4dist.comm.codec import Noise
 from fp4dist.comm.collectives import slices_of
 from fp4dist.comm.exchange import Options
@@ -45,31 +48,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", default=sorted(GROUPS), help=f"of {', '.join(sorted(GROUPS))}")
     parser.add_argument("--cpu", type=int, default=0, metavar="RANKS", help="gloo ranks instead of GPUs")
-    parser.add_argument("--timeout", type=float, default=100.0, help="seconds for a group")
-    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("--timeout", type=float, default=100.0, help="seconds for all")
+    parser.add_argument("--starts", type=int, default=3, help="sets of ranks beside each other")
+    parser.add_argument("--rank-of", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:
         return be_rank(args.rank_of, cpu=args.cpu > 0)
-    world = args.cpu or torch.cuda.device_count()
-    started, until = {name: start(name, world, args) for name in args.groups}, time.monotonic() + args.timeout
-    return max([end(name, *group, until) for name, group in started.items()])
+    world, until = args.cpu or torch.cuda.device_count(), time.monotonic() + args.timeout
+    dealt = [names for i in range(args.starts) if (names := args.groups[i :: args.starts])]
+    started = [(names, start(names, world, args)) for names in dealt]
+    return max([end(names, *ranks, until) for names, ranks in started])
 
 
-Group = tuple["subprocess.Popen[bytes]", IO[bytes]]  # the ranks of a group, what they print
+Ranks = tuple["subprocess.Popen[bytes]", IO[bytes]]  # of a start, and what they print
 
 
-def start(name: str, world: int, args: argparse.Namespace) -> Group:
-    """The ranks of a group."""
+def start(names: list[str], world: int, args: argparse.Namespace) -> Ranks:
+    """The ranks of some groups."""
     ranks = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command = [*ranks, "-m", "tests.comm_adapters.on_gpus", "--rank-of", name, "--cpu", str(args.cpu)]
+    command = [*ranks, "-m", "tests.comm_adapters.on_gpus", "--cpu", str(args.cpu), "--rank-of", *names]
     more = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if args.cpu else {"NCCL_NVLS_ENABLE": "0"}
     log = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe that nobody reads yet would hold the ranks up)
     environment = os.environ | more | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment), log
 
 
-def end(name: str, process: subprocess.Popen[bytes], printed: IO[bytes], until: float) -> int:
-    """Print what a group has found, and of one that failed its errors."""
+def end(names: list[str], process: subprocess.Popen[bytes], printed: IO[bytes], until: float) -> int:
+    """Print what some groups have found, and where one failed its errors."""
     late = False
     try:
         process.wait(max(1.0, until - time.monotonic()))
@@ -79,22 +84,38 @@ def end(name: str, process: subprocess.Popen[bytes], printed: IO[bytes], until: 
         process.wait()
     printed.seek(0)
     log = printed.read().decode(errors="replace").splitlines()
-    lines = [line for line in log if line.startswith("check ")]
-    failed = process.returncode != 0
+    lines = [line for line in log if line.startswith(("check ", "group "))]
+    ended = [name for name in names if any(line.startswith(f"group {name}: passed") for line in lines)]
+    failed = process.returncode != 0 or len(ended) < len(names)
     errors = [line for line in log if "Error" in line and "ChildFailed" not in line][-4:]
-    told = "not done in time" if late else "FAILED" if failed else "passed"
-    print(
-        "\n".join([*lines, *(errors or log[-6:] if failed else []), f"{name}: {told}, {len(lines)} checks"]), flush=True
-    )
+    left = f"{'not done in time' if late else 'FAILED'}: {', '.join(n for n in names if n not in ended)}"
+    print("\n".join([*lines, *(errors or log[-6:] if failed else []), *([left] if failed else [])]), flush=True)
     return int(failed)
 
 
-def be_rank(name: str, *, cpu: bool) -> int:
-    """One rank of a group; rank 0 prints."""
-    local = int(os.environ["LOCAL_RANK"])
+def be_rank(names: list[str], *, cpu: bool) -> int:
+    """One rank of some groups; rank 0 prints."""
+    began, local = time.monotonic(), int(os.environ["LOCAL_RANK"])
     if not cpu:
         torch.cuda.set_device(local)
     dist.init_process_group("gloo" if cpu else "nccl")
+    failures = 0
+
+    def tell(text: str) -> None:
+        if dist.get_rank() == 0:
+            print(f"{text} [{time.monotonic() - began:.0f} s]", flush=True)
+
+    for name in names:
+        tell(f"group {name}: begins")
+        faults = be_rank_of(name, cpu, local, tell)
+        tell(f"group {name}: {'FAILED' if faults else 'passed'}")
+        failures += faults
+    dist.destroy_process_group()
+    return int(failures > 0)
+
+
+def be_rank_of(name: str, cpu: bool, local: int, tell: Callable[[str], None]) -> int:
+    """Run the checks of a group and tell each; how many failed."""
     failures = 0
     with tempfile.TemporaryDirectory() as own, plain_runs():
         folders = [own]
@@ -107,11 +128,9 @@ def be_rank(name: str, *, cpu: bool) -> int:
             dist.all_gather_object(everyone, why)
             bad = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
             failures += bool(bad)
-            if dist.get_rank() == 0:
-                print(f"check {name}: {what}: {'; '.join(bad) or 'ok'}", flush=True)
+            tell(f"check {name}: {what}: {'; '.join(bad) or 'ok'}")
         dist.barrier()
-    dist.destroy_process_group()
-    return int(failures > 0)
+    return failures
 
 
 @contextmanager
@@ -196,7 +215,10 @@ def weights(folder: str) -> Found:
 
 def once(folder: str) -> Found:
     """Gradients travel once: no collective of a step carries a compressed bucket in high precision as well."""
-    seen, announced, (traced, twice, unsent) = engines.collectives_of_a_step(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_backend() == "nccl":  # which notes groups of one rank: those reduce a value for each token
+            patch.setattr(trace, "SMALL", 16)
+        seen, announced, (traced, twice, unsent) = engines.collectives_of_a_step(folder)
     plain = [call for call in seen if "reduce_scatter" in call[0] or call[0] == "reduce"]
     long = [call for call in seen if call[0] == "all_reduce" and call[2] >= engines.SMALL]
     sent = sum(numel for name, _, numel in seen if name == "all_to_all_single")

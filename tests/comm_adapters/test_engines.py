@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -254,10 +255,18 @@ def guarded(folder: str) -> dict[str, Any]:
     return out
 
 
+def left_of_runs() -> list[str]:
+    """Names of what earlier runs of this process have left of their models."""
+    gc.collect()
+    wrappers = "DistributedDataParallel", "Float16Module"
+    return [name for o in gc.get_objects() if (name := type(o).__name__) in wrappers]
+
+
 def checks_on_two_ranks(folder: str) -> dict[str, Any]:
     return {
         "weights": weights_of_all_ranks(folder),
         "collectives": collectives_of_a_step(folder),
+        "left": left_of_runs(),
         **guarded(folder),
     }
 
@@ -269,6 +278,7 @@ def test_the_proof_while_running(folder: str) -> None:
         assert same, "all ranks hold the same bits after every update"
         assert distances[-1] < 1.5 * max(distances[2:6]), "what rounding loses does not add up"
         assert 0 < distances[-1] < 3e-3
+        assert found["left"] == [], "an engine that was closed holds no memory"
         seen, announced, (nothing, twice, unsent) = found["collectives"]
         assert nothing == []
         assert any("reduced in high precision" in fault for fault in twice)

@@ -193,3 +193,24 @@ def store(values, at, row, col, rows, cols, M: tl.constexpr, S: tl.constexpr, C:
         tl.store(to, values)
     else:
         tl.store(to, values, mask=(row + r < rows) & (c < cols))
+
+
+@triton.jit
+def store_runs(
+    values, at, row, col, rows, cols, M: tl.constexpr, S: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The same, where a thread holds runs of K values: it writes them at once, without an exchange with others.
+
+    WHOLE   `cols` is a multiple of K, as is `col`
+    """
+    if WHOLE:
+        cols, col = cols // K * K, col // K * K  # which the compiler cannot know otherwise
+    run = tl.arange(0, M * C // K)[:, None]
+    r, c = run // (C // K) * S, run % (C // K) * K + tl.arange(0, K)[None, :]
+    to = at + (row.to(tl.int64) * cols + col + (r * cols + c))
+    values = tl.reshape(values, (M * C // K, K))
+    if EVEN:
+        tl.store(to, values)
+    else:
+        tl.store(to, values, mask=(row + r < rows) & (col + c < cols))

@@ -69,8 +69,10 @@ class Codec:
 
     @property
     def registers(self) -> dict[str, int]:
-        """A bound for encoding with corrected scales: more threads at once are worth more than a few spills."""
-        return {"maxnreg": 128} if self.wire.rounding == "eden" and self.thread_run <= 16 else {}
+        """A bound for encoding: more threads at once are worth more than a few instructions or spills."""
+        if self.thread_run > 16 or self.wire.rounding == "stochastic":
+            return {}
+        return {"maxnreg": 128 if self.wire.rounding == "eden" else 64}
 
     def programs(self, number: int, device: torch.device) -> int:
         """Programs for `number` records."""
@@ -96,7 +98,7 @@ def encode(x: Tensor, table: Tensor, records: Tensor, codec: Codec, sign_rank: i
     )  # fmt: skip
     constants = {
         **_constants(codec, aligned), "P": _A_VECTOR // x.element_size(), "ROUND": _ROUNDINGS[wire.rounding or ""],
-        **codec.registers,
+        "NATIVE": x.is_cuda, **codec.registers,
     }  # fmt: skip
     form = ("wire encode", x.device, x.dtype, x.data_ptr() % 16, tuple(constants.values()))
     launch(encode_kernel, codec.programs(number, x.device), arguments, constants, form)
@@ -157,7 +159,7 @@ def recode(
     )  # fmt: skip
     constants = {
         **_constants(codec, aligned), **_sources(codec, mine, senders, own is not None, bad is not None),
-        "ROUND": _ROUNDINGS[wire.rounding or ""], **codec.registers,
+        "ROUND": _ROUNDINGS[wire.rounding or ""], "NATIVE": records.is_cuda, **codec.registers,
     }  # fmt: skip
     form = ("wire recode", records.device, mine.dtype, mine.data_ptr() % 16, tuple(constants.values()))
     launch(recode_kernel, codec.programs(number, records.device), arguments, constants, form)

@@ -132,20 +132,35 @@ def _mix(value, index):
 
 
 @triton.jit
-def _tag(record, w0, w1, w2, PAYLOAD: tl.constexpr, SCALES: tl.constexpr):
-    """int32 tag of a record's PAYLOAD words and SCALES bytes as they lie in memory, and of the header.
+def _sum_of(mixed, NATIVE: tl.constexpr):
+    """Sum of int32 modulo 2^32 along the last dimension.
 
-    An encoder reads back what it has just written, out of the cache: the values that it still holds lie in registers
-    in another order, and the compiler would rather compute them again than move them.
+    NATIVE   by the GPU's own addition; the interpreter refuses a sum of int32 that does not fit
     """
-    i = tl.arange(0, PAYLOAD)
-    # 64 bits, of which the low 32 stay: Triton's interpreter refuses a sum of int32 that does not fit
-    found = tl.sum(_mix(tl.load(record + 4 + i), i).to(tl.int64), axis=0)
-    if SCALES > 0:
-        j = tl.arange(0, SCALES)
-        byte = tl.load((record + 4 + PAYLOAD).to(tl.pointer_type(tl.uint8)) + j).to(tl.int32)
-        found += tl.sum(_mix(byte, PAYLOAD + j).to(tl.int64), axis=0)
-    return found.to(tl.int32) + _mix(w0, w0 * 0 + 16777216) + _mix(w1, w1 * 0 + 16777217) + _mix(w2, w2 * 0 + 16777218)
+    if NATIVE:
+        return tl.sum(mixed, axis=len(mixed.shape) - 1)
+    return tl.sum(mixed.to(tl.int64), axis=len(mixed.shape) - 1).to(tl.int32)
+
+
+@triton.jit
+def _tag(words, stored, w0, w1, w2, M: tl.constexpr, BLOCKS: tl.constexpr, NATIVE: tl.constexpr):
+    """int32 tag of a record's payload [G, M], of its scale bytes [G] where there are BLOCKS, and of the header."""
+    G: tl.constexpr = words.shape[0]
+    mixed = _sum_of(_mix(words, tl.arange(0, G)[:, None] * M + tl.arange(0, M)[None, :]), NATIVE)
+    if BLOCKS:
+        mixed += _mix(stored, tl.arange(0, G) + G * M)
+    found = _sum_of(mixed, NATIVE)
+    return found + _mix(w0, w0 * 0 + 16777216) + _mix(w1, w1 * 0 + 16777217) + _mix(w2, w2 * 0 + 16777218)
+
+
+@triton.jit
+def _tag_of(record, w0, w1, w2, G: tl.constexpr, M: tl.constexpr, BLOCKS: tl.constexpr, NATIVE: tl.constexpr):
+    """The tag of a record in memory."""
+    words = tl.load(record + 4 + tl.arange(0, G)[:, None] * M + tl.arange(0, M)[None, :])
+    stored = tl.arange(0, G)
+    if BLOCKS:
+        stored = tl.load((record + 4 + G * M).to(tl.pointer_type(tl.uint8)) + stored).to(tl.int32)
+    return _tag(words, stored, w0, w1, w2, M, BLOCKS, NATIVE)
 
 
 @triton.jit
@@ -198,7 +213,7 @@ def _e4m3_code(u, threshold, ROUND: tl.constexpr):
 def _encode(
     y, count, place, record, k0, k1, rank, step, rounding, sign_rank, signs, word0, numerator, inverse_v, v, shrink,
     C: tl.constexpr, E: tl.constexpr, RUN: tl.constexpr, KIND: tl.constexpr, ROUND: tl.constexpr, ROT: tl.constexpr,
-    TAG: tl.constexpr, LOG2C: tl.constexpr,
+    TAG: tl.constexpr, LOG2C: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Write the record of y [C/RUN, RUN], 0 beyond `count`; place: its number among those of its message."""
     G: tl.constexpr = C // E
@@ -214,7 +229,7 @@ def _encode(
         threshold = _element_thresholds(y, place, k0, k1, rank, step, rounding, C, E)
     if ROUND == 2:
         q = tl.div_rn(found, v)
-        u = tl.abs(y * tl.where(q < a.FLT_MIN, 0.0, tl.div_rn(1.0, q))[:, None])
+        u = tl.abs(y) * tl.where(q < a.FLT_MIN, 0.0, tl.div_rn(1.0, q))[:, None]
         level, index = a.nearest(u)
         uc = a.row_tree_sum(u * level, G, E)
         s = tl.div_rn(a.row_tree_sum(u * u, G, E), uc)
@@ -223,7 +238,7 @@ def _encode(
         g = tl.where(g == 0.0, 1.0, g)
         noise = _scale_words(place, k0, k1, rank, step, rounding, G)
         stored = a.encode_e4m3_stochastic(tl.div_rn(corrected, g), noise)
-        words = a.pack(index, y, G, E)
+        words = a.pack(index, y, G, E, True)
     elif KIND == 0:
         s_enc = a.below(tl.div_rn(numerator, amax), a.FLT_MAX)
         s_enc = tl.where((amax == 0.0) | (s_enc == 0.0), 1.0, s_enc)
@@ -235,7 +250,7 @@ def _encode(
             level, index = a.stochastic(u, threshold)
         else:
             level, index = a.nearest(u)
-        words = a.pack(index, y, G, E)
+        words = a.pack(index, y, G, E, ROUND != 1)  # NaNs of any index become 0 below
     elif KIND == 1:
         stored = a.power_byte(found, 2, 0.0, 2, 0x400000)
         g = amax * 0.0 + 1.0
@@ -245,7 +260,7 @@ def _encode(
             level, index = a.stochastic(u, threshold)
         else:
             level, index = a.nearest(u)
-        words = a.pack(index, y, G, E)
+        words = a.pack(index, y, G, E, ROUND != 1)  # NaNs of any index become 0 below
     else:
         g = tl.div_rn(amax, v)
         g = tl.where(g == 0.0, 1.0, g)
@@ -263,7 +278,7 @@ def _encode(
                 code = low.to(tl.int32) + ((u - low) > share).to(tl.int32)
             else:
                 code = a.bits(u + 12582912.0) & 0xF
-            words = a.pack(code << 28, y, G, E)
+            words = a.pack(code << 28, y, G, E, True)
     bad = top >= 0x7F800000
     words = tl.where(bad, 0, words)
     stored = tl.where(bad, 0, stored)
@@ -277,8 +292,7 @@ def _encode(
         tl.store(scales + block, stored.to(tl.uint8))
     tag = w0 * 0
     if TAG:
-        tl.debug_barrier()  # all threads' words are there
-        tag = _tag(record, w0, w1, w2, G * M, G if BLOCKS else 0)
+        tag = _tag(words, stored, w0, w1, w2, M, BLOCKS, NATIVE)
     h = tl.arange(0, 4)
     tl.store(record + h, tl.where(h == 0, w0, tl.where(h == 1, w1, tl.where(h == 2, w2, tag))))
 
@@ -288,6 +302,7 @@ def encode_kernel(
     x, table, records, number, k0, k1, rank, step, rounding, sign_rank, signs, word0, numerator, inverse_v, v, shrink,
     C: tl.constexpr, E: tl.constexpr, RUN: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr, ROUND: tl.constexpr,
     ROT: tl.constexpr, TAG: tl.constexpr, UNIT: tl.constexpr, WORDS: tl.constexpr, LOG2C: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Encode `number` records. table: where the elements of each begin in x, how many, the record's number, its place
     among `records`.
@@ -302,7 +317,7 @@ def encode_kernel(
         _encode(
             _read(x, offset, count, C, RUN, P), count, tl.load(table + i * 4 + 2), record, k0, k1, rank, step,
             rounding, sign_rank, signs, word0, numerator, inverse_v, v, shrink, C, E, RUN, KIND, ROUND, ROT, TAG,
-            LOG2C,
+            LOG2C, NATIVE,
         )  # fmt: skip
 
 
@@ -331,12 +346,12 @@ def _values(record, C: tl.constexpr, E: tl.constexpr, RUN: tl.constexpr, KIND: t
 
 @triton.jit
 def _check(record, bad, place, count, word0, G: tl.constexpr, M: tl.constexpr, BLOCKS: tl.constexpr,
-           TAG: tl.constexpr, LOG2C: tl.constexpr):  # fmt: skip
+           TAG: tl.constexpr, LOG2C: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """The least `place` of a record that is not what it should be, into `bad`."""
     w0, w1, w2 = tl.load(record), tl.load(record + 1), tl.load(record + 2)
     wrong = ((w0 & -2) != word0) | (w1 != (count | (LOG2C << 24)))
     if TAG:
-        wrong = wrong | (tl.load(record + 3) != _tag(record, w0, w1, w2, G * M, G if BLOCKS else 0))
+        wrong = wrong | (tl.load(record + 3) != _tag_of(record, w0, w1, w2, G, M, BLOCKS, NATIVE))
     if wrong:
         tl.atomic_min(bad, place)
 
@@ -346,7 +361,7 @@ def _sum(
     record, bad, position, count, own, own_offset, ranks, all_records, source_words, k0, k1, step, signs, word0,
     C: tl.constexpr, E: tl.constexpr, RUN: tl.constexpr, P_OWN: tl.constexpr, KIND: tl.constexpr, ROT: tl.constexpr,
     SOURCES: tl.constexpr, PER_RANK: tl.constexpr, OWN: tl.constexpr, CHECK: tl.constexpr, TAG: tl.constexpr,
-    LOG2C: tl.constexpr,
+    LOG2C: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """[C/RUN, RUN] own + the sum of SOURCES records, turned back; the first at `record`."""
     M: tl.constexpr = E // 4 if KIND == 2 else E // 8
@@ -354,7 +369,7 @@ def _sum(
     if PER_RANK:
         y = _flipped(_rotated(y, C, RUN, ROT), k0, k1, tl.load(ranks), step, signs, C, RUN, ROT)
     if CHECK:
-        _check(record, bad, position.to(tl.int32), count, word0, C // E, M, KIND < 2, TAG, LOG2C)
+        _check(record, bad, position.to(tl.int32), count, word0, C // E, M, KIND < 2, TAG, LOG2C, NATIVE)
     for s in range(1, SOURCES):
         other = record + source_words.to(tl.int64) * s
         z = _values(other, C, E, RUN, KIND)
@@ -362,7 +377,7 @@ def _sum(
             z = _flipped(_rotated(z, C, RUN, ROT), k0, k1, tl.load(ranks + s), step, signs, C, RUN, ROT)
         if CHECK:
             place = s * all_records + position.to(tl.int32)
-            _check(other, bad, place, count, word0, C // E, M, KIND < 2, TAG, LOG2C)
+            _check(other, bad, place, count, word0, C // E, M, KIND < 2, TAG, LOG2C, NATIVE)
         y += z
     if (ROT > 1) & (not PER_RANK):
         y = _flipped(_rotated(y, C, RUN, ROT), k0, k1, tl.load(ranks), step, signs, C, RUN, ROT)
@@ -394,7 +409,7 @@ def sum_kernel(
         y = _sum(
             records + position * WORDS, bad, position, count, own, tl.load(table + i * 4 + 2) * UNIT, ranks,
             all_records, source_words, k0, k1, step, signs, word0, C, E, RUN, P_OWN, KIND, ROT, SOURCES, PER_RANK,
-            OWN, CHECK, TAG, LOG2C,
+            OWN, CHECK, TAG, LOG2C, NATIVE,
         )  # fmt: skip
         _write(out, offset, count, y * factor, C, RUN, P_OUT, NATIVE)
 
@@ -405,7 +420,7 @@ def recode_kernel(
     rank, rounding, sign_rank, out_signs, numerator, inverse_v, v, shrink,
     C: tl.constexpr, E: tl.constexpr, RUN: tl.constexpr, P_OWN: tl.constexpr, KIND: tl.constexpr, ROUND: tl.constexpr,
     ROT: tl.constexpr, SOURCES: tl.constexpr, PER_RANK: tl.constexpr, OWN: tl.constexpr, CHECK: tl.constexpr,
-    TAG: tl.constexpr, UNIT: tl.constexpr, WORDS: tl.constexpr, LOG2C: tl.constexpr,
+    TAG: tl.constexpr, UNIT: tl.constexpr, WORDS: tl.constexpr, LOG2C: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """What `sum_kernel` would write, as the records that `encode_kernel` would make of it in fp32.
 
@@ -418,13 +433,13 @@ def recode_kernel(
         y = _sum(
             records + position * WORDS, bad, position, count, own, tl.load(table + i * 4 + 2) * UNIT, ranks,
             all_records, source_words, k0, k1, step, signs, word0, C, E, RUN, P_OWN, KIND, ROT, SOURCES, PER_RANK,
-            OWN, CHECK, TAG, LOG2C,
+            OWN, CHECK, TAG, LOG2C, NATIVE,
         )  # fmt: skip
         inside = tl.arange(0, C // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :] < count
         _encode(
             tl.where(inside, y * factor, 0.0), count, tl.load(table + i * 4), messages + position * WORDS, k0, k1, rank,
             step, rounding, sign_rank, out_signs, word0, numerator, inverse_v, v, shrink, C, E, RUN, KIND, ROUND, ROT,
-            TAG, LOG2C,
+            TAG, LOG2C, NATIVE,
         )  # fmt: skip
 
 
