@@ -16,7 +16,7 @@ KERNELS = ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO")
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*NAMES, "CUDA_DEVICE_MAX_CONNECTIONS", *KERNELS):
+    for name in (*NAMES, "CUDA_DEVICE_MAX_CONNECTIONS", "TORCH_NCCL_HIGH_PRIORITY", *KERNELS):
         monkeypatch.setenv(name, "")  # so that what the test sets is undone
         monkeypatch.delenv(name)
 
@@ -67,6 +67,14 @@ def test_device_queues_are_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     assert not env.serialize_device_queues()
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8", "a user's value wins"
+
+
+def test_transfers_come_first_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert env.put_transfers_first()
+    assert env.managed()["TORCH_NCCL_HIGH_PRIORITY"] == "1", "compared between ranks, and recorded"
+    monkeypatch.setenv("TORCH_NCCL_HIGH_PRIORITY", "0")
+    assert not env.put_transfers_first()
+    assert os.environ["TORCH_NCCL_HIGH_PRIORITY"] == "0"
 
 
 def test_deterministic_kernels_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

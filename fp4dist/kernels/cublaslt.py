@@ -132,6 +132,7 @@ def matmul(
     rows_b: Tensor | None = None,
     out: torch.dtype = torch.float32,
     into: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> Tensor | None:
     """A B^T / rotation in `out`, or added to `into`; None where cuBLASLt has no algorithm for the operands.
 
@@ -139,6 +140,7 @@ def matmul(
     scale_a, scale_b  [] fp32 on the same device, factors of A and of B, read when the GEMM runs; None: 1
     rows_a, rows_b    [M, 1], [N, 1] fp32, dense: factors of rows, of FP8 operands only
     into              [M, N] fp32, rows without gaps
+    room              [M, N] in `out`, dense and ALIGNMENT bytes aligned, as new memory is: where the result goes
 
     Runs on the current stream, synchronizes nothing, and can be captured in a CUDA graph.
     """
@@ -146,7 +148,7 @@ def matmul(
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return matmul(
-                a_MK, b_NK, scale_a, scale_b, rotation, rows_a=rows_a, rows_b=rows_b, out=out, into=into
+                a_MK, b_NK, scale_a, scale_b, rotation, rows_a=rows_a, rows_b=rows_b, out=out, into=into, room=room
             )  # fmt: skip
     rows = rows_a is not None or rows_b is not None
     a, b, d = a_MK.data_ptr(), b_NK.data_ptr(), 0 if into is None else into.data_ptr()
@@ -162,7 +164,9 @@ def matmul(
         plan = _local.plans[key] = None if problem is None else _plan(problem)
     if plan is None:
         return None
-    result = into if into is not None else torch.empty((a_MK.shape[0], b_NK.shape[0]), dtype=out, device=a_MK.device)
+    result = into if into is not None else room
+    if result is None:
+        result = torch.empty((a_MK.shape[0], b_NK.shape[0]), dtype=out, device=a_MK.device)
     held = _set_factors(plan, a_MK, b_NK, scale_a, scale_b, rotation, rows, rows_a, rows_b)
     workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=a_MK.device) if plan.workspace else None
     address = result.data_ptr()

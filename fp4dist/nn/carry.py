@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fp4dist.kernels.registry import Kernel, Request, companion
-from fp4dist.nn.parts import parted_slots
+from fp4dist.nn.parts import chosen_later, parted_slots
 from fp4dist.numerics.matmul import Operand
+from fp4dist.numerics.splits import bare
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Want
 from fp4dist.spec.estimators import Straight, TrustMask
 from fp4dist.spec.formats import E2M1
@@ -162,13 +163,14 @@ def resolve_carrying(
     """What the resolved `kernels` of slots and GEMMs can carry. forms: GEMM -> its form, a place in `LADDER`; None: the
     first, for all.
     """
-    found, parted = Carrying(), parted_slots(recipe)
+    found, parted, later = Carrying(), parted_slots(recipe), chosen_later(recipe)
     read = _read_codes(recipe)
     for gemm in GEMMS:
         slots = [slot for slot in SLOTS if slot.startswith(gemm)]
-        specs = [recipe.slot(slot) for slot in slots]
+        specs = [spec if spec is None or not spec.has_parts else bare(spec) for spec in map(recipe.slot, slots)]
         kernel = kernels.get(gemm)
-        if kernel is None or kernel.carrier_types is None or parted & set(slots):
+        in_parts = parted & set(slots)  # carriers are for the time when both operands are codes alone
+        if kernel is None or kernel.carrier_types is None or (in_parts and not set(slots) <= later):
             continue
         kinds = kernel.carrier_types(specs[0], specs[1], device)
         laddered = kinds is not None and any(kind in NARROW for kind in kinds)

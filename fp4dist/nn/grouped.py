@@ -26,6 +26,7 @@ from fp4dist.nn.filling import token_multiple
 from fp4dist.nn.function import (
     Kept,
     codes_for,
+    dtype_of_gradient,
     filled_linear,
     hand_over,
     high_precision_weight,
@@ -192,10 +193,21 @@ def _dgrad(
 
 def _in_order(parts: Mapping[int, Tensor], like: Tensor, columns: int) -> Tensor:
     """[T, columns] in the dtype of `like`: the rows of all experts that have any."""
-    rows = [parts[e].to(like.dtype) for e in sorted(parts)]
-    if len(rows) > 1:
-        return torch.cat(rows)
-    return rows[0] if rows else like.new_empty((0, columns))
+    rows = [part for e in sorted(parts) if len(part := parts[e].to(like.dtype))]
+    if not rows:
+        return like.new_empty((0, columns))
+    whole = rows[0].as_strided((sum(map(len, rows)), columns), (columns, 1)) if _in_a_row(rows) else None
+    return torch.cat(rows) if whole is None else whole
+
+
+def _in_a_row(rows: Sequence[Tensor]) -> bool:
+    """Whether dense matrices lie one behind the other in one memory, as grouped GEMMs may leave them."""
+    start, memory = rows[0].data_ptr(), rows[0].untyped_storage().data_ptr()
+    for part in rows:
+        if part.data_ptr() != start or part.untyped_storage().data_ptr() != memory or not part.is_contiguous():
+            return False
+        start += part.numel() * part.element_size()
+    return True
 
 
 def _wgrad(
@@ -216,7 +228,9 @@ def _wgrad(
             x_q = plan.backward_operand("wgrad.x", kept[e].x_q, master, comm)
             operands[e] = (dys[e][1](), in_dtype(x_q, dy_parts[e].dtype))
     totals = {e: main_grad_for(group.plans[e], weights[e], bool(kept[e].passing_w)) for e in operands}
-    dws = _products(group, "wgrad", operands, into=totals)
+    alone = all(total is None for total in totals.values())  # else sums in fp32
+    rounded = alone and all(dtype_of_gradient(weights[e]) and not kept[e].passing_w for e in operands)
+    dws = _products(group, "wgrad", operands, out=torch.bfloat16 if rounded else torch.float32, into=totals)
     high = [e for e in group.busy("wgrad", high=True) if needed[e]]
     if high:
         dws |= _high_weights(dy_parts, {e: _high_input(group, e, x_parts, kept[e], dy_parts[e].dtype) for e in high})
@@ -247,7 +261,9 @@ def _products(
     found: dict[int, Tensor] = {}
     for kernel, members in by_kernel.items():
         pairs = [group.plans[e].operands(gemm, *operands[e]) for e in members]
-        named = gemm_keywords(out, [into[e] for e in members] if into is not None else None)
+        named = gemm_keywords(out, None)
+        if into is not None:  # also where none has a sum: each result is then a tensor of its own
+            named["into"] = [into[e] for e in members]
         found.update(zip(members, grouped(kernel)([a for a, _ in pairs], [b for _, b in pairs], **named), strict=True))
     if counted:
         for e, (a, b) in operands.items():

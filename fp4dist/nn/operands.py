@@ -81,8 +81,8 @@ class OperandWatch:
                     continue
                 stack.callback(setattr, plan, "kernels", plan.kernels)
                 plan.kernels = {
-                    name: replace(kernel, fn=partial(self._quantized, plan, name, kernel.fn))
-                    if name in SLOTS
+                    name: replace(kernel, fn=partial(self._quantized, plan, name.removesuffix(":codes"), kernel.fn))
+                    if name.removesuffix(":codes") in SLOTS
                     else kernel
                     for name, kernel in plan.kernels.items()
                 }

@@ -36,6 +36,22 @@ def parted_slots(recipe: LinearRecipe) -> frozenset[str]:
     return frozenset(found)
 
 
+def chosen_later(recipe: LinearRecipe) -> frozenset[str]:
+    """Those of `parted_slots` whose operand is codes alone as long as no channels are chosen."""
+    return frozenset(slot for slot in parted_slots(recipe) if all(_waits(s) for s in _specs_of(recipe, slot)))
+
+
+def _specs_of(recipe: LinearRecipe, slot: str) -> list[QuantSpec]:
+    """The slot's spec, and that of the forward operand whose codes it reuses."""
+    spec = recipe.slot(slot)
+    reused = recipe.slot(_REUSED[slot]) if spec is not None and spec.source == "reuse" else None
+    return [s for s in (spec, reused) if s is not None]
+
+
+def _waits(spec: QuantSpec) -> bool:
+    return spec.split is None and (spec.outlier is None or isinstance(spec.outlier, Channels | HotResidual))
+
+
 def _chooser(recipe: LinearRecipe, slot: str) -> Channels | HotResidual | None:
     """The choice of channels in the other operand of the slot's GEMM."""
     other = {"fprop.w": "fprop.x", "wgrad.dy": "wgrad.x"}.get(slot)

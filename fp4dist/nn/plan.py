@@ -21,7 +21,7 @@ from fp4dist.nn.clock import Clock
 from fp4dist.nn.comm import LinearComm, place
 from fp4dist.nn.controllers import SlotControl
 from fp4dist.nn.filling import FORWARD, token_multiple
-from fp4dist.nn.parts import channel_dim, cost, parted_slots, take_out, token_dim
+from fp4dist.nn.parts import channel_dim, chosen_later, cost, parted_slots, take_out, token_dim
 from fp4dist.nn.passing import ORIGINAL, passing_kernels
 from fp4dist.numerics.handed import handed
 from fp4dist.numerics.matmul import Operand
@@ -34,6 +34,8 @@ from fp4dist.spec.run import BackendConfig
 
 FP4, FP8, MIXED, HIGH = "fp4", "fp8", "mixed", "bf16"  # both operands of 4 bits; both quantized; one; none
 SIDE = "side"  # what is multiplied beside the codes
+# Names in `LinearPlan.kernels`: of the backward slot that starts from forward codes as long as nothing is beside them.
+FROM_CODES = {"dgrad.w": "dgrad.w:codes", "wgrad.x": "wgrad.x:codes"}
 GEMM_SLOTS = {gemm: tuple(slot for slot in SLOTS if slot.startswith(gemm)) for gemm in GEMMS}
 
 
@@ -78,6 +80,7 @@ class _Facts(NamedTuple):
     specs   slot -> its spec;  multiples   slot -> (rows, columns) that its operand's must be multiples of
     kinds   GEMM -> fp4, fp8, mixed or bf16;  repeats   GEMM -> how often it runs
     dequantized, reads_codes   backward slots (see LinearRecipe);  from_codes   likewise
+    later                      slots in parts that are codes alone until channels are chosen
     """
 
     specs: dict[str, QuantSpec | None]
@@ -87,6 +90,7 @@ class _Facts(NamedTuple):
     dequantized: frozenset[str]
     reads_codes: frozenset[str]
     from_codes: frozenset[str]
+    later: frozenset[str]
 
     @classmethod
     def of(cls, recipe: LinearRecipe, parted: frozenset[str]) -> _Facts:
@@ -99,6 +103,7 @@ class _Facts(NamedTuple):
             frozenset(slot for slot in FORWARD_OF if recipe.dequantized(slot)),
             frozenset(slot for slot in FORWARD_OF if recipe.reads_codes(slot)),
             frozenset(slot for slot in FORWARD_OF if from_codes(slot, recipe, parted)),
+            chosen_later(recipe),
         )
 
 
@@ -157,7 +162,7 @@ class LinearPlan:
         unrotates = frozenset(
             slot
             for slot, kernel in kernels.items()
-            if kernel.op == "requantize" and kernel.unrotates and not from_codes(slot, recipe, parted)
+            if slot in SLOTS and kernel.op == "requantize" and kernel.unrotates and not from_codes(slot, recipe, parted)
         )
         return cls(
             path, number, recipe, clock, kernels, parted=parted, carrying=carrying, pair=pair, pair_x=pair_x,
@@ -291,6 +296,8 @@ class LinearPlan:
         basis = self._forward_basis(slot)
         if slot in self.facts.from_codes:
             return self._run(slot, spec, forward, shape, comm, token_shard)
+        if isinstance(forward, BlockScaledTensor) and FROM_CODES[slot] in self.kernels and not self._in_parts(slot):
+            return self._run(slot, spec, forward, shape, comm, token_shard)
         if slot in self.unrotates:
             return self._run(slot, spec, forward, shape, comm, token_shard, back=basis)
         return self._run(slot, spec, self._original(slot, forward, *basis).t(), shape, comm, token_shard)
@@ -383,6 +390,13 @@ class LinearPlan:
             self._weights[slot] = (source, operand)
         return operand
 
+    def _in_parts(self, slot: str) -> bool:
+        """Whether the slot's operand is more than codes now; nothing is as long as no channels are chosen."""
+        if slot not in self.parted:
+            return False
+        control = self.controls.get("fprop.x")
+        return slot not in self.facts.later or (control is not None and control.channels is not None)
+
     def _original(self, slot: str, forward: Quantized, rotation: Hadamard | None, key: Key) -> Tensor:
         """[R, C] fp32 values of the codes that backward `slot` starts from, in the original basis."""
         turn = self.kernels.get(ORIGINAL[slot])
@@ -400,11 +414,11 @@ class LinearPlan:
     ) -> Operand:  # fmt: skip
         """The slot's kernel on `source`, which gives an operand of `shape`. named: what only some kernels take."""
         key, reduce_max = self._place(slot, spec, source, shape, comm, token_shard)
-        if slot in self.parted:
+        if self._in_parts(slot):
             assert isinstance(source, Tensor)
             return self._parts(slot, spec, source, key, reduce_max, **named)
         want = CODES if token_shard else self.carrying.want(slot, self.training)
-        return self._codes(slot, spec, source, key, reduce_max, want, **named)
+        return self._codes(slot, bare(spec) if spec.has_parts else spec, source, key, reduce_max, want, **named)
 
     def _place(
         self, slot: str, spec: QuantSpec, source: Operand, shape: torch.Size, comm: LinearComm, token_shard: bool
@@ -459,7 +473,8 @@ class LinearPlan:
         reduce_max = self._statistic(slot, spec, source, key, reduce_max)
         if want != CODES:
             named["want"] = want
-        return self.kernels[slot](source, spec, key, reduce_max, **named)
+        name = FROM_CODES.get(slot, slot) if isinstance(source, BlockScaledTensor) else slot
+        return self.kernels.get(name, self.kernels[slot])(source, spec, key, reduce_max, **named)
 
     def _parts(
         self, slot: str, spec: QuantSpec, x: Tensor, key: Key, reduce_max: ReduceMax | None, toward: object = None
@@ -488,6 +503,15 @@ def from_codes(slot: str, recipe: LinearRecipe, parted: frozenset[str]) -> bool:
     return forward is not None and forward.rotation is None and not parted & {slot, FORWARD_OF[slot]}
 
 
+def _may_read_codes(slot: str, recipe: LinearRecipe) -> bool:
+    """Whether requantizing for `slot` can read the forward codes as long as nothing stands beside them."""
+    spec, source = recipe.slot(slot), FORWARD_OF.get(slot)
+    forward = recipe.slot(source) if source is not None else None
+    beside = parted_slots(recipe) & {slot, source}
+    requantizes = spec is not None and spec.source == "requant" and forward is not None and forward.rotation is None
+    return requantizes and bool(beside) and beside <= chosen_later(recipe)
+
+
 def resolve_kernels(recipe: LinearRecipe, device: torch.device, config: BackendConfig) -> dict[str, Kernel]:
     """Slot or GEMM -> kernel, for everything that `recipe` quantizes."""
     kernels: dict[str, Kernel] = {}
@@ -498,6 +522,9 @@ def resolve_kernels(recipe: LinearRecipe, device: torch.device, config: BackendC
             kernels[slot] = resolve(Request("dequantize", recipe.slot(FORWARD_OF[slot]), device), config)
         if spec is not None and spec.source != "reuse":
             kernels[slot] = _quantizer(slot, spec, recipe, parted, device, config)
+        if _may_read_codes(slot, recipe):
+            assert spec is not None
+            kernels[FROM_CODES[slot]] = resolve(Request("requantize", bare(spec), device), config)
     for gemm in GEMMS:
         if gemm_kind(recipe, gemm) != HIGH:
             spec = next(recipe.slot(s) for s in SLOTS if s.startswith(gemm) and recipe.slot(s) is not None)

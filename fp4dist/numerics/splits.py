@@ -77,7 +77,8 @@ def decompose(x_RC: Tensor, spec: QuantSpec, place: Place) -> Parts:
     quantization: see `hot_residual`.
     """
     channels = isinstance(spec.outlier, Channels) and place.chosen is None
-    if spec.split is None and (channels or isinstance(spec.outlier, HotResidual)):  # nothing yet: x need not be copied
+    waits = channels or isinstance(spec.outlier, HotResidual)
+    if spec.split is None and (spec.outlier is None or waits):  # nothing yet: x need not be copied
         return Parts(x_RC, None)
     parts = Parts(x_RC.to(torch.float32), None)
     if spec.split is not None:

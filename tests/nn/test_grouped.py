@@ -286,3 +286,16 @@ def test_kinds_are_counted_expert_by_expert() -> None:
     assert made[0].tally.calls == {(gemm, FP4): 1 for gemm in GEMMS}
     assert made[0].tally.flops[("fprop", FP4)] == 2 * 32 * INPUTS * OUTPUTS  # with the tokens that fill the blocks
     assert made[1].tally.flops == {(gemm, "bf16"): 2 * 20 * INPUTS * OUTPUTS for gemm in GEMMS}
+
+
+def test_results_that_lie_in_a_row_are_not_copied() -> None:
+    from fp4dist.nn.grouped import _in_order
+
+    whole = torch.arange(24.0).view(6, 4)
+    rows = dict(enumerate(whole.split([2, 0, 3, 1])))
+    joined = _in_order(rows, whole, 4)
+    assert joined.data_ptr() == whole.data_ptr()
+    assert torch.equal(joined, whole)
+    for parts in ({0: rows[2], 1: rows[0]}, {0: rows[0], 1: rows[3]}, {0: rows[0], 1: whole[2:5].clone()}):
+        assert torch.equal(_in_order(parts, whole, 4), torch.cat([parts[0], parts[1]]))
+    assert _in_order({}, whole, 4).shape == (0, 4)

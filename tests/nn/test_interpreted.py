@@ -21,4 +21,4 @@ def test_a_linear_in_the_interpreter_has_the_operands_of_the_reference() -> None
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count("equal") == 10, done.stdout
+    assert done.stdout.count("equal") == 11, done.stdout

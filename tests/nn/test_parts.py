@@ -244,6 +244,18 @@ def test_reuse_and_dequant_read_codes_and_what_stands_beside_them() -> None:
     assert (value(x_q) - x.double()).norm() < (value(x_q.main) - x.double()).norm()  # type: ignore[union-attr]
 
 
+def test_backward_reads_codes_alone_until_channels_are_chosen() -> None:
+    base, again = RECIPES["channels"], replace(NV, source="requant")
+    of = replace(base, dgrad=Dgrad(dy=SR, w=again), wgrad=Wgrad(dy=SR, x=replace(again, outlier=CHANNELS)))
+    watched, _ = run(of, chosen=None)
+    assert watched.calls["dgrad.w:codes"] == watched.calls["wgrad.x:codes"] == 1
+    assert not {"dgrad.w", "wgrad.x"} & set(watched.calls)
+    assert all(isinstance(operand, BlockScaledTensor) for operand in watched.operands.values())
+    watched, _ = run(of)
+    assert {slot for slot, operand in watched.operands.items() if isinstance(operand, PartedTensor)} == parted_slots(of)
+    assert not {"dgrad.w:codes", "wgrad.x:codes"} & set(watched.calls)
+
+
 def test_merged_channels_are_requantized_for_dgrad() -> None:
     base = RECIPES["channels"]
     of = replace(base, dgrad=Dgrad(dy=SR, w=replace(NV, source="requant")))

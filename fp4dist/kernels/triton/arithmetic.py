@@ -276,11 +276,24 @@ def at_most(x, limit):
 
 
 @triton.jit
-def pack(top, y, G: tl.constexpr, E: tl.constexpr):
+def pack(top, y, G: tl.constexpr, E: tl.constexpr, CLEAR: tl.constexpr = False):
     """[G, E] int32 with level indices in bits 28 to 30, and the values whose signs they take -> [G, E/8] words of 8
-    codes, the first one lowest.
+    codes, the first one lowest. CLEAR: bit 31 is 0 already.
     """
-    code = ((top & 0x7FFFFFFF) | (bits(y) & -2147483648)).to(tl.uint32, bitcast=True)
+    return _words((top if CLEAR else top & 0x7FFFFFFF) | (bits(y) & -2147483648), G, E)
+
+
+@triton.jit
+def packed(level, G: tl.constexpr, E: tl.constexpr):
+    """[G, E] signed levels of E2M1 -> words as those of `pack`; of a NaN anything."""
+    # as subnormal numbers of fp32, 2^126 smaller, they have their index in bits 22 to 24, and only the sign beside it
+    return _words(bits(level * 1.1754943508222875e-38) * 65, G, E)
+
+
+@triton.jit
+def _words(code, G: tl.constexpr, E: tl.constexpr):
+    """[G, E] int32 codes in the top four bits -> [G, E/8] words of 8, the first one lowest."""
+    code = code.to(tl.uint32, bitcast=True)
     pairs = tl.reshape(code, (G, E // 8, 2, 2, 2))
     even, odd = tl.split(pairs)
     c0, c2 = tl.split(even)

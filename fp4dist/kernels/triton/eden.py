@@ -1,29 +1,21 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 # (a launch takes options beside the kernel's own parameters)
-"""MS-EDEN: the tensor's scale, then codes or a carrier, from two readings of the data; see `eden_programs`."""
+"""MS-EDEN: codes and the tensor's scale from one reading of the data, then bytes or a carrier; see `eden_programs`."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
-from itertools import pairwise
-from math import inf
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fp4dist.kernels.triton.counters import unset, zeroed
-from fp4dist.kernels.triton.eden_programs import (
-    correct_kernel,
-    largest_kernel,
-    largest_pair_kernel,
-    write_kernel,
-    write_pair_kernel,
-)
+from fp4dist.kernels.triton.eden_programs import code_kernel, code_pair_kernel, scale_kernel
 from fp4dist.kernels.triton.filters import original
 from fp4dist.kernels.triton.launch import Launch, integer
-from fp4dist.kernels.triton.noise import PLACE, place
+from fp4dist.kernels.triton.noise import place
 from fp4dist.kernels.triton.quantize import Side, _number, _Source
 from fp4dist.kernels.triton.signs import has_signs, sign_words
 from fp4dist.numerics.grouping import ReduceMax
@@ -68,10 +60,8 @@ def quantize(
     if toward is not None:
         raise ValueError(f"{spec.label()}: MS-EDEN takes no moving average")
     job = _Job(source, Side(spec, key, reduce_max, want))
-    job.look()
-    job.correct()
-    job.write()
-    return job.result()
+    job.code()
+    return job.scaled()
 
 
 def requantize(
@@ -92,44 +82,36 @@ def requantize(
 def quantize_pair(
     x: Tensor, row: Side, column: Side
 ) -> tuple[BlockScaledTensor | Carrier, BlockScaledTensor | Carrier]:
-    """The operands of x [T, O] and of x^T [O, T] from one launch; bits as of two calls of `quantize`."""
+    """The operands of x [T, O] and of x^T [O, T] from one reading of x; bits as of two calls of `quantize`."""
     x = x if x.stride(1) == 1 else x.contiguous()
     first, second = _Job(x, row), _Job(x.t(), column)
     pair = _Pair.of(first, second)
     shared = first.memory, first.setup.stride, second.memory, second.setup.stride, *first.setup.shape
-    pair.look(pair.programs, *shared, *first.looking(), *second.looking())
-    first.correct()
-    second.correct()
-    pair.write(pair.programs, *shared, *first.writing(), *second.writing())
-    return first.result(), second.result()
+    pair.code(pair.programs, *shared, *first.coding(), *second.coding())
+    return first.scaled(), second.scaled()
 
 
 # (rows, columns) of a tile, columns of a thread, warps, by how the matrix is read (READ of `eden_programs`)
-_TILES = {0: (64, 128, 32, 4), 1: (64, 128, 32, 4), 2: (128, 128, 16, 4)}
-_REGISTERS = {0: 128, 1: 168, 2: 168}  # of a thread that writes, at most: a few more, and a third fewer warps fit
+_TILES = {0: (128, 128, 32, 4), 1: (64, 128, 32, 4), 2: (128, 128, 16, 4)}
+_REGISTERS = {0: 128, 1: 128, 2: 96}  # of a thread, at most: with a few more, fewer warps fit on a multiprocessor
+_MORE_REGISTERS = 168  # where two scales of a block are compared, which would otherwise go to memory
 _FOUR = {"none": 0, "mse": 1, "mae": 2, "absmax": 3}  # of `eden_programs`
-_STEPS = 2  # of a program that reads rows
-_LOOKED = 16  # tiles whose largest value a program looks at
+_STEPS = 4  # of a program that reads rows: it needs the signs of its columns once
+_BLOCKS = 256  # of a program of the second pass, which has 4 warps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Form:
     """What is the same for all matrices of one layout under one spec; `name` is the compiled kernels'.
 
-    four          FOUR of `eden_programs`;  v   what a block's amax maps to
-    least, most   what a corrected scale is above and below, over that of the block's amax
+    v      what a block's amax maps to;  code   the first pass
     """
 
     name: Hashable
     constants: dict[str, Any]
-    four: int
     v: float
-    least: float
-    most: float
     rotation: int
-    look: Launch
-    correct: Launch
-    write: dict[Hashable, Launch]  # by what it writes
+    code: Launch
 
     @classmethod
     def of(cls, src: _Source, spec: QuantSpec) -> _Form:
@@ -139,58 +121,20 @@ class _Form:
         if found is None:
             assert isinstance(spec.rounding, Eden)
             v, rotation = target_max(E2M1.max, spec.rounding.headroom), spec.rotation.size if spec.rotation else 1
-            four = _FOUR[spec.rounding.four_over_six]
             constants = _constants(src, rotation, has_signs(spec.rotation))
+            constants["FOUR"] = _FOUR[spec.rounding.four_over_six]
             read = (0,) if words.dtype == torch.int32 else ()
-            correct = Launch(correct_kernel, {"TILES": _LOOKED, "FOUR": four, **constants}, read)
-            found = _FORMS[name] = cls(
-                name, constants, four, v, *bounds_of_corrected(v, four > 0), rotation,
-                Launch(largest_kernel, constants, read), correct, {},
-            )  # fmt: skip
-        return found
-
-    def writes(self, told: _Told, words: tuple[int, ...]) -> Launch:
-        """The second pass. words: places of what it reads and writes in words."""
-        found = self.write.get(told)
-        if found is None:
-            registers = _REGISTERS[self.constants["READ"]]
-            found = Launch(write_kernel, {**self.constants, **told._asdict(), "maxnreg": registers}, words)
-            self.write[told] = found
+            code = Launch(code_kernel, {**constants, "maxnreg": _registers(src.read, constants["FOUR"])}, (*read, 8))
+            found = _FORMS[name] = cls(name, constants, v, rotation, code)
         return found
 
 
 _FORMS: dict[Hashable, _Form] = {}
 
 
-def bounds_of_corrected(v: float, four: bool) -> tuple[float, float]:
-    """Below and above a block's corrected scale over that of its amax; four: 1.5 of that may be what is corrected."""
-    least, most = bounds_of_correction(v)
-    if not four:
-        return least, most
-    below, above = bounds_of_correction(v / 1.5)
-    return min(least, 1.5 * below), max(most, 1.5 * above)
-
-
-def bounds_of_correction(v: float) -> tuple[float, float]:
-    """Below and above the correction <u,u> / <u,c> of any block of 16 whose largest |u| is v (give or take rounding).
-
-    B is above if B v c(v) - v^2 is more than 15 times what any u <= v adds to <u,u> - B <u,c>, which is most at the
-    upper end of a level's interval; below, the other way round, at the lower ends. 0 and infinity where that proves
-    nothing.
-    """
-    steps = [(low, high) for low, high in pairwise(E2M1.levels) if (low + high) / 2 < v]
-    top = steps[-1][1] if steps else 0.0  # the level of v
-    upper = [*(((low + high) / 2, low) for low, high in steps), (v, top)]  # (u, its level)
-    lower = [((low + high) / 2, high) for low, high in steps]
-    square, product = v * v, v * top
-    least = next((b for b in (0.8, 0.5) if square - b * product > _most(b * u * c - u * u for u, c in lower)), 0.0)
-    most = next((b for b in (1.25, 1.5, 2.0) if b * product - square > _most(u * u - b * u * c for u, c in upper)), inf)
-    return least, most
-
-
-def _most(added: Iterable[float]) -> float:
-    """What 15 elements add at most, and a little more."""
-    return 15 * max(0.0, *added, 0.0) * (1 + 1e-3) + 1e-3
+def _registers(read: int, four: int) -> int:
+    """Of a thread of the first pass, at most."""
+    return _MORE_REGISTERS if four else _REGISTERS[read]
 
 
 def _constants(src: _Source, rotation: int, signed: bool) -> dict[str, Any]:
@@ -207,21 +151,13 @@ def _constants(src: _Source, rotation: int, signed: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class _Told(NamedTuple):
-    """Constants of the second pass alone."""
-
-    FOUR: int
-    CODES: bool
-    CARRIER: bool
-    PAIRS: bool
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Setup:
     """What is the same for all matrices of one size and layout under one spec: found with one look.
 
     programs   tiles of the matrix;  signs   of a rotation whose signs are always the same; None: fresh ones
-    words      whether kernels read the matrix in words;  told   for PAIRS False and True
+    words      whether kernels read the matrix in words
+    scale      the second pass, for ALIKE False and True, and its programs
     """
 
     spec: QuantSpec
@@ -233,7 +169,8 @@ class _Setup:
     words: bool
     programs: int
     signs: Tensor | None
-    told: tuple[_Told, _Told]
+    scale: tuple[Launch, Launch]
+    scale_programs: int
 
     @classmethod
     def of(cls, source: Tensor | BlockScaledTensor, spec: QuantSpec, want: Want) -> tuple[_Setup, Tensor]:
@@ -265,12 +202,11 @@ class _Setup:
         assert isinstance(spec.rounding, Eden)
         form, (rows, cols) = _Form.of(src, spec), src.shape
         fresh = spec.rotation is not None and spec.rotation.signs == "fresh"
-        wide = form.constants["E"] == 2 * _BLOCK
-        told = tuple(_Told(form.four, want.codes, want.carrier is not None, pairs) for pairs in (False, wide))
+        scale, scale_programs = _scales(rows, cols // _BLOCK, want, src.tensor.device)
         return cls(
             spec, spec.shape, spec.rounding.budget, form, src.shape, stride, words.dtype == torch.int32,
             -(-rows // form.constants["R"]) * -(-cols // form.constants["N"]),
-            None if fresh else sign_words(spec.rotation, None, src.tensor.device), (told[0], told[1]),
+            None if fresh else sign_words(spec.rotation, None, src.tensor.device), scale, scale_programs,
         )  # fmt: skip
 
 
@@ -281,14 +217,14 @@ _MOST = 4096  # setups that are kept
 class _Job:
     """One matrix: its outputs, and what a launch that fills them is told.
 
-    top     [8] int32, 0 at first: bits of the largest corrected scale (in two, because a ReduceMax takes vectors), and
-            in [4] of the largest value
-    tiles   int32 bits of the largest value of each tile
+    top         [8] int32, 0 at first: bits of the largest corrected scale, in two, because a ReduceMax takes vectors
+    corrected   [R, C / 16] fp32 block scales, before the tensor's divides them
+    codes       [R, C / 2] of the result, or for the second pass alone
     """
 
     __slots__ = (
-        "codes", "form", "memory", "q", "reduce_max", "s_dec", "scales", "setup", "signs", "tiles", "told", "top",
-        "values", "where",
+        "codes", "corrected", "form", "memory", "q", "reduce_max", "s_dec", "scales", "setup", "signs", "top", "values",
+        "where",
     )  # fmt: skip
 
     def __init__(self, source: Tensor | BlockScaledTensor, side: Side) -> None:
@@ -297,63 +233,44 @@ class _Job:
         self.form, (rows, cols), device = setup.form, setup.shape, memory.device
         self.q = None if isinstance(source, Tensor) else source
         self.top = zeroed(device)
-        self.tiles = torch.empty(setup.programs, dtype=torch.int32, device=device)
-        self.codes = self.scales = self.values = None
+        self.codes = torch.empty((rows, cols // 2), dtype=torch.uint8, device=device)
+        self.corrected = torch.empty((rows, cols // _BLOCK), device=device)
+        self.scales = self.values = None
         if want.codes:
-            self.codes = torch.empty((rows, cols // 2), dtype=torch.uint8, device=device)
             self.scales = torch.empty((rows, cols // _BLOCK), dtype=torch.uint8, device=device)
         if want.carrier is not None:
             self.values = torch.empty((rows, cols), dtype=torch.bfloat16, device=device)
         self.s_dec = unset(device)
         self.signs = sign_words(spec.rotation, key, device) if setup.signs is None else setup.signs
-        self.where = where = place(key, rows, cols, _BLOCK, device)
-        width, run, first, second = where[4], *where[8:]
-        self.told = setup.told[not (width | run | first | second) % 2]
+        self.where = place(key, rows, cols, _BLOCK, device)
 
-    def read(self) -> tuple[Any, ...]:
-        """The kernels' first four arguments."""
-        memory, q = self.memory, self.q
-        return (memory, self.setup.stride, *((memory, memory) if q is None else (q.scales, q.global_scale)))
+    def coding(self) -> tuple[Any, ...]:
+        """Arguments of the first pass from `signs` on."""
+        return self.signs, self.top, self.codes, self.corrected, self.form.v
 
-    def looking(self) -> tuple[Any, ...]:
-        """Arguments of the first launch from `signs` on."""
-        return self.signs, self.top, self.tiles
+    def code(self) -> None:
+        """Run the first pass."""
+        setup, memory, q = self.setup, self.memory, self.q
+        scales, outer = (memory, memory) if q is None else (q.scales, q.global_scale)
+        self.form.code(setup.programs, memory, setup.stride, scales, outer, *setup.shape, *self.coding())
 
-    def writing(self) -> tuple[Any, ...]:
-        """Arguments of the second pass from `signs` on."""
-        none = self.s_dec
-        return (
-            self.signs, self.reduced(), none if self.codes is None else self.codes,
+    def scaled(self) -> BlockScaledTensor | Carrier:
+        """Run the second pass; what was asked for."""
+        setup, none, (width, run, first, second) = self.setup, self.s_dec, (self.where[4], *self.where[8:])
+        alike = (width | run | first | second) % 4 == 0
+        setup.scale[alike](
+            setup.scale_programs, setup.shape[0], setup.shape[1] // _BLOCK, self.reduced(), self.codes, self.corrected,
             none if self.scales is None else self.scales, none if self.values is None else self.values, none,
-            self.form.v, self.setup.budget, *self.where,
+            setup.budget, *self.where,
         )  # fmt: skip
-
-    def look(self) -> None:
-        """Find the largest value of each tile."""
-        self.form.look(self.setup.programs, *self.read(), *self.looking(), *self.setup.shape)
-
-    def correct(self) -> None:
-        """Find the largest corrected scale."""
-        form, setup = self.form, self.setup
-        told = *self.looking(), *setup.shape, form.v, form.least, form.most
-        form.correct(-(-setup.programs // _LOOKED), *self.read(), *told)
-
-    def write(self) -> None:
-        """Run the second pass."""
-        setup = self.setup
-        words = (*((0,) if setup.words else ()), *self.written(6))
-        self.form.writes(self.told, words)(setup.programs, *self.read(), *setup.shape, *self.writing())
-
-    def written(self, first: int) -> tuple[int, ...]:
-        """Places of the outputs in words, where the arguments from `signs` on begin at `first`."""
-        return (*(() if self.codes is None else (first + 2,)), *(() if self.values is None else (first + 4,)))
+        return self.result()
 
     def result(self) -> BlockScaledTensor | Carrier:
         """What was asked for, once both passes have run."""
         setup, rotation, carrier = self.setup, self.form.rotation, None
         if self.values is not None:
             carrier = Carrier(self.values, self.s_dec, rotation)
-        if self.codes is None or self.scales is None:
+        if self.scales is None:
             assert carrier is not None
             return carrier
         return BlockScaledTensor(
@@ -378,21 +295,37 @@ def _words(src: _Source) -> tuple[Tensor, int]:
     return x, stride
 
 
-_READ = ("R", "N", "E", "ROT", "SIGNED", "S")  # constants that a pair's kernels have for both sides
-_WRITTEN = (*_READ, "FOUR", "CODES", "CARRIER", "PAIRS")
-_SIDE = 8 + len(PLACE) + 1  # arguments of `_Job.writing`
+def _scales(rows: int, blocks: int, want: Want, device: torch.device) -> tuple[tuple[Launch, Launch], int]:
+    """The second pass, for ALIKE False and True, and its programs."""
+    across = min(blocks & -blocks, _BLOCKS)
+    tall, carrier = _BLOCKS // across, want.carrier is not None
+    even = rows % tall == 0
+    name = across, even, integer(rows), integer(blocks), want.codes, carrier, device
+    found = _SCALES.get(name)
+    if found is None:
+        constants = {
+            "M": tall, "C": across, "EVEN": even, "CODES": want.codes, "CARRIER": carrier, "num_warps": 4,
+            "enable_fp_fusion": False,
+        }  # fmt: skip
+        words = (3, 6) if carrier else (3,)
+        one, four = (Launch(scale_kernel, {**constants, "ALIKE": alike}, words) for alike in (False, across % 4 == 0))
+        found = _SCALES[name] = one, four
+    return found, -(-rows // tall) * (blocks // across)
+
+
+_SCALES: dict[Hashable, tuple[Launch, Launch]] = {}
+_CODED = ("R", "N", "E", "ROT", "SIGNED", "S", "FOUR")  # constants that a pair's kernel has for both sides
 
 
 class _Pair(NamedTuple):
-    """The launches of one pass for both sides of one matrix; see `chunks.of_pair`."""
+    """The first pass of both sides of one matrix; see `chunks.of_pair`."""
 
     programs: int
-    look: Launch
-    write: Launch
+    code: Launch
 
     @classmethod
     def of(cls, first: _Job, second: _Job) -> _Pair:
-        at = first.setup, second.setup, first.told, second.told
+        at = first.setup, second.setup
         found = _PAIRS.get(at)
         if found is None:
             if len(_PAIRS) > _MOST:
@@ -402,25 +335,17 @@ class _Pair(NamedTuple):
 
     @classmethod
     def _new(cls, first: _Job, second: _Job) -> _Pair:
-        rows, cols = first.setup.shape
-        a, b = ({**job.form.constants, **job.told._asdict()} for job in (first, second))
+        (rows, cols), a, b = first.setup.shape, first.form.constants, second.form.constants
         tall, wide = b["N"], a["N"]
-        options = {
+        constants = {
+            **{name: a[name] for name in _CODED}, **{f"T_{name}": b[name] for name in _CODED},
             "EVEN": rows % tall == 0 and cols % wide == 0, "num_warps": a["num_warps"], "enable_fp_fusion": False,
+            "maxnreg": _registers(1, a["FOUR"] + b["FOUR"]),
         }  # fmt: skip
-        looks, writes = (
-            {**{name: a[name] for name in names}, **{f"T_{name}": b[name] for name in names}, **options}
-            for names in (_READ, _WRITTEN)
-        )
-        read = (*((0,) if first.setup.words else ()), *((2,) if second.setup.words else ()))
-        written = (*read, *first.written(6), *second.written(6 + _SIDE))
-        name = first.form.name, second.form.name, first.told, second.told
-        look = _LAUNCHES.setdefault(("look", name), Launch(largest_pair_kernel, looks, read))
-        write = _LAUNCHES.setdefault(
-            ("write", name), Launch(write_pair_kernel, {**writes, "maxnreg": _REGISTERS[1]}, written)
-        )
-        return cls(-(-rows // tall) * -(-cols // wide) * (tall // a["R"] + wide // b["R"]), look, write)
+        words = (*((0,) if first.setup.words else ()), *((2,) if second.setup.words else ()), 8, 13)
+        code = _LAUNCHES.setdefault((first.form.name, second.form.name), Launch(code_pair_kernel, constants, words))
+        return cls(-(-rows // tall) * -(-cols // wide) * (tall // a["R"] + wide // b["R"]), code)
 
 
-_PAIRS: dict[Hashable, _Pair] = {}
+_PAIRS: dict[tuple[_Setup, _Setup], _Pair] = {}
 _LAUNCHES: dict[Hashable, Launch] = {}

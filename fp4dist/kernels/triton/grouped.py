@@ -4,9 +4,9 @@
 """Several products A B^T of bf16 carriers in one launch: those of experts, whose sizes differ and may be zero.
 
 A table in device memory holds addresses and sizes of each product; a program finds the product of its tile in it. Every
-sum has the steps and the order of `rescaled`, so its bits are that kernel's (cuBLASLt, which multiplies a product alone
-where nothing but a scale belongs to it, adds in an order of its own). It was never measured: `matmul.grouped_matmul`
-takes it only after `allow`.
+sum has the steps and the order of `rescaled`, so its bits are that kernel's: `matmul.grouped_matmul` takes it for what
+`rescaled` multiplies alone. cuBLASLt, which multiplies a product where nothing but a scale belongs to it, adds in an
+order of its own, so that such products come here only after `allow`.
 """
 
 from __future__ import annotations
@@ -19,24 +19,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp4dist.kernels.triton import rescaled
-from fp4dist.kernels.triton.gemm import Side, Tiling, _can_be_described, _dense_rows, _factors, _operands
+from fp4dist.kernels.triton import overlapped, rescaled
+from fp4dist.kernels.triton.gemm import Side, _can_be_described, _dense_rows, _factors, _operands
+from fp4dist.kernels.triton.launch import integer, launch
 
 _FILL = (0, 0, 0)  # a product takes 16 numbers of the table: 7 addresses, sizes M N K, strides of A and B, first tile
 _allowed = False
 
 
 def allow(on: bool = True) -> None:
-    """Take this kernel from now on where it `takes` the products, and say that nobody has measured it."""
+    """Take this kernel from now on where it `takes` the products, also in place of cuBLASLt, and say so."""
     global _allowed
     _allowed = on
     if on:
-        print("fp4dist: experts' GEMMs in one launch, which was never measured")
+        print("fp4dist: experts' GEMMs in one launch, in place of cuBLASLt's: their sums are in another order")
 
 
-def is_allowed() -> bool:
-    """Whether `allow` was called."""
-    return _allowed
+def is_wanted(a: Sequence[Side], b: Sequence[Side]) -> bool:
+    """Whether `gemm` has the bits of one product after the other, or other bits are allowed; not while a CUDA graph is
+    captured, which would not hold the table.
+    """
+    if _allowed:
+        return True
+    if a[0].values.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    if not all(2 in (_kind(x), _kind(w)) and rescaled.takes(x, w) for x, w in zip(a, b, strict=True)):
+        return False
+    values = [(x.values, w.values) for x, w in zip(a, b, strict=True)]
+    return not all(overlapped.takes(*pair) and overlapped.fills(*pair) for pair in values)
 
 
 @triton.jit
@@ -91,17 +101,17 @@ def grouped_kernel(
                     total = total * of_b[None, :]
                 of_a, of_b = _factors(rows_a, rows_b, r, c, step // STEPS + 1, M, N, PARTS_A, PARTS_B)
         total = tl.dot(x, w.T, total)
+    if PARTS_A == 2:
+        total = total * of_a[:, None]
+    if PARTS_B == 2:
+        total = total * of_b[None, :]
     total = total * (
         tl.load(_address(row, 3, tl.float32)) * tl.load(_address(row, 4, tl.float32)) * inverse_rotation
     )  # fmt: skip
     if PARTS_A == 1:
-        of_a = tl.load(rows_a + r, mask=r < M, other=0.0)
+        total = total * tl.load(rows_a + r, mask=r < M, other=0.0)[:, None]
     if PARTS_B == 1:
-        of_b = tl.load(rows_b + c, mask=c < N, other=0.0)
-    if PARTS_A > 0:
-        total = total * of_a[:, None]
-    if PARTS_B > 0:
-        total = total * of_b[None, :]
+        total = total * tl.load(rows_b + c, mask=c < N, other=0.0)[None, :]
     place = out + start + r[:, None].to(tl.int64) * width + c[None, :]
     kept = (r[:, None] < M) & (c[None, :] < N)
     if ADD:
@@ -128,19 +138,24 @@ def takes(a: Sequence[Side], b: Sequence[Side], into: Sequence[Tensor | None]) -
 
 
 def gemm(
-    a: Sequence[Side], b: Sequence[Side], rotation: int, out: torch.dtype, into: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """A B^T / rotation of each pair in `out` (fp32 or bf16), or added to its `into`; for pairs that it `takes`."""
+    a: Sequence[Side], b: Sequence[Side], rotation: int, out: torch.dtype, into: Sequence[Tensor | None],
+    joined: bool = True,
+) -> list[Tensor]:  # fmt: skip
+    """A B^T / rotation of each pair in `out` (fp32 or bf16), or added to its `into`; for pairs that it `takes`.
+
+    joined   results may be parts of one memory, see `room`
+    """
     device = a[0].values.device
     described = all(_can_be_described(side.values) or not side.values.numel() for side in (*a, *b))
-    one, tiling = _one(device), _tiling(device, described)
-    results, table, used, tiles = [], [], [], 0
-    for x, w, total in zip(a, b, into, strict=True):
+    one, tiling = _one(device), rescaled.tiling_of(device, described)
+    table, used, tiles = [], [], 0
+    results = [total for total in into if total is not None]
+    if not results:
+        results = room([len(side.values) for side in a], [len(side.values) for side in b], out, device, joined)
+    for x, w, result in zip(a, b, results, strict=True):
         left, right = _dense_rows(x.values), _dense_rows(w.values)
         (m, k), n = left.shape, right.shape[0]
-        result = torch.empty((m, n), dtype=out, device=device) if total is None else total
         factors = [one if f is None else f for f in (x.scale, w.scale, rescaled.ratios(x), rescaled.ratios(w))]
-        results.append(result)
         start = (result.data_ptr() - results[0].data_ptr()) // result.element_size()
         addresses = left.data_ptr(), right.data_ptr(), start, *(f.data_ptr() for f in factors)
         table += [*addresses, m, n, k, left.stride(0), right.stride(0), tiles, *_FILL]
@@ -151,26 +166,32 @@ def gemm(
     if described:
         triton.set_allocator(_scratch)
     on_device = torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
-    even = all(side.values.shape[0] % 16 == 0 for side in b)
-    grouped_kernel[tiles,](
-        on_device, results[0], len(results), 1.0 / rotation, PARTS_A=_kind(a[0]), PARTS_B=_kind(b[0]),
-        ADD=into[0] is not None, DESCRIPTORS=described, EVEN=even, STEPS=rescaled.SEGMENT // tiling.k,
-        INTERPRETED=device.type != "cuda", BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
-        num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=False,
-    )  # fmt: skip
+    constants = {
+        "PARTS_A": _kind(a[0]), "PARTS_B": _kind(b[0]), "ADD": into[0] is not None, "DESCRIPTORS": described,
+        "EVEN": all(side.values.shape[0] % 16 == 0 for side in b), "STEPS": rescaled.SEGMENT // tiling.k,
+        "INTERPRETED": device.type != "cuda", "BM": tiling.m, "BN": tiling.n, "BK": tiling.k, "GROUP": tiling.group,
+        "num_warps": tiling.warps, "num_stages": tiling.stages, "enable_fp_fusion": False,
+    }  # fmt: skip
+    first = results[0]
+    form = "grouped", device, first.dtype, first.data_ptr() % 16, integer(len(results)), *constants.values()
+    launch(grouped_kernel, tiles, (on_device, first, len(results), 1.0 / rotation), constants, form)
     return results
+
+
+def room(
+    rows: Sequence[int], columns: Sequence[int], out: torch.dtype, device: torch.device, joined: bool = True
+) -> list[Tensor]:
+    """Memory for results [rows[i], columns[i]], if `joined` one behind the other where they are equally wide: nobody
+    has to join them then.
+    """
+    if joined and len(set(columns)) == 1:
+        return list(torch.empty((sum(rows), columns[0]), dtype=out, device=device).split(list(rows)))
+    return [torch.empty(shape, dtype=out, device=device) for shape in zip(rows, columns, strict=True)]
 
 
 def _kind(side: Side) -> int:
     """PARTS_A, _B of the kernel."""
     return 0 if side.rows is None else min(side.rows.shape[1], 2)
-
-
-def _tiling(device: torch.device, described: bool) -> Tiling:
-    """Fixed, as `rescaled.tiling_of`."""
-    if device.type != "cuda":
-        return Tiling(64, 64, 64, 4, 1)
-    return Tiling(128, 256, 64, 8, 4) if described else Tiling(128, 128, 32, 8, 3)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

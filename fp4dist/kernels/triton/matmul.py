@@ -99,12 +99,22 @@ def carrier(q: BlockScaledTensor) -> Tensor:
     return carrier_of(q, torch.bfloat16).values
 
 
-def matmul(a_MK: Operand, b_NK: Operand, *, out: torch.dtype = torch.float32, into: Tensor | None = None) -> Tensor:
-    """A B^T; see `fp4dist.numerics.matmul`. The carrier at an operand's side is taken where it has one."""
+def matmul(
+    a_MK: Operand,
+    b_NK: Operand,
+    *,
+    out: torch.dtype = torch.float32,
+    into: Tensor | None = None,
+    room: Tensor | None = None,
+) -> Tensor:
+    """A B^T; see `fp4dist.numerics.matmul`. The carrier at an operand's side is taken where it has one.
+
+    room   [M, N] in `out`, memory that the result may be written to
+    """
     if _is_plain(a_MK) and _is_plain(b_NK) and (into is None or into.is_contiguous()):
         left, right = Side(a_MK.values, a_MK.scale), Side(b_NK.values, b_NK.scale)
         if (left.values.dtype in FP8) == (right.values.dtype in FP8):
-            return _product(left, right, check_product(a_MK, b_NK, out, into), out, into)
+            return _product(left, right, check_product(a_MK, b_NK, out, into), out, into, room)
     if max(parted.samples(a_MK), parted.samples(b_NK)) > 1:
         return parted.mean_of_samples(a_MK, b_NK, matmul, out=out, into=into)
     if isinstance(a_MK, PartedTensor) or isinstance(b_NK, PartedTensor):
@@ -137,15 +147,21 @@ def grouped_matmul(
     out: torch.dtype = torch.float32,
     into: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """One `matmul` a pair; see `fp4dist.kernels.reference.grouped_matmul`."""
+    """One `matmul` a pair; see `fp4dist.kernels.reference.grouped_matmul`. Without `into` results may be parts of one
+    memory, one behind the other.
+    """
     sums = [None] * len(a) if into is None else into
-    if grouped.is_allowed() and len(a) > 1:
-        left, right = ([side for x in operands if (side := _side(x)) is not None] for operands in (a, b))
+    if len(a) > 1 and all(isinstance(x, Carrier) for x in (*a, *b)):
+        left, right = ([_side_of(x) for x in operands if isinstance(x, Carrier)] for operands in (a, b))
         rotations = {check_product(x, w, out, total) for x, w, total in zip(a, b, sums, strict=True)}
-        whole = len(left) == len(right) == len(a) and len(rotations) == 1
-        if whole and grouped.takes(left, right, sums):
-            return grouped.gemm(left, right, rotations.pop(), out, sums)
-    return [matmul(x, w, out=out, into=total) for x, w, total in zip(a, b, sums, strict=True)]
+        if len(rotations) == 1 and grouped.is_wanted(left, right) and grouped.takes(left, right, sums):
+            return grouped.gemm(left, right, rotations.pop(), out, sums, joined=into is None)
+    rooms: Sequence[Tensor | None] = [None] * len(a)
+    first = a[0] if into is None and len(a) > 1 and all(_is_plain(x) for x in (*a, *b)) else None
+    if isinstance(first, Carrier):
+        rooms = grouped.room([x.shape[0] for x in a], [w.shape[0] for w in b], out, first.values.device)
+    pairs = zip(a, b, sums, rooms, strict=True)
+    return [matmul(x, w, out=out, into=total, room=room) for x, w, total, room in pairs]
 
 
 def _side(operand: Operand) -> Side | None:
@@ -161,15 +177,22 @@ def _side(operand: Operand) -> Side | None:
             operand = quantizers.to_carrier(operand, torch.bfloat16)
     if not isinstance(operand, Carrier):
         return None
-    return Side(operand.values, operand.scale, operand.rows, operand.near)
+    return _side_of(operand)
 
 
-def _product(a: Side, b: Side, rotation: int, out: torch.dtype, into: Tensor | None) -> Tensor:
-    """Of two bf16 or two FP8 operands."""
+def _side_of(carrier: Carrier) -> Side:
+    return Side(carrier.values, carrier.scale, carrier.rows, carrier.near)
+
+
+def _product(
+    a: Side, b: Side, rotation: int, out: torch.dtype, into: Tensor | None, room: Tensor | None = None
+) -> Tensor:
+    """Of two bf16 or two FP8 operands. room: of `matmul`, taken where it is aligned as new memory is."""
     whole = (a.rows is None or a.rows.shape[1] == 1) and (b.rows is None or b.rows.shape[1] == 1)
     if whole and cublaslt.why_not(a.values.device) is None:
         done = cublaslt.matmul(
-            a.values, b.values, a.scale, b.scale, rotation, rows_a=a.rows, rows_b=b.rows, out=out, into=into
+            a.values, b.values, a.scale, b.scale, rotation, rows_a=a.rows, rows_b=b.rows, out=out, into=into,
+            room=room if room is not None and room.data_ptr() % cublaslt.ALIGNMENT == 0 else None,
         )  # fmt: skip
         if done is not None:
             return done

@@ -87,6 +87,12 @@ def positions(i, run, first, second):
 
 
 @triton.jit
+def global_positions(i, run, first, second):
+    """The same as uint32."""
+    return tl.where(i < run, first + i, second + i - run).to(tl.uint32)
+
+
+@triton.jit
 def words(index, k0, k1, when, c3):
     """Four uint32 words for uint32 counters; everything else as the int32 of the same bits."""
     zero = tl.zeros_like(index)

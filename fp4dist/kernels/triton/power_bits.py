@@ -81,6 +81,40 @@ def packed(top, y, G: tl.constexpr, E: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def inside(u, G: tl.constexpr, E: tl.constexpr, ASM: tl.constexpr):
+    """[G] words of E bits: whether the u >= 0 of a block are at most 6, the first in the lowest bit."""
+    if ASM:
+        even, odd = tl.split(tl.reshape(u, (G, E // 8, 2, 2, 2)))
+        u0, u2 = tl.split(even)
+        u1, u3 = tl.split(odd)
+        u0, u4 = tl.split(u0)
+        u1, u5 = tl.split(u1)
+        u2, u6 = tl.split(u2)
+        u3, u7 = tl.split(u3)
+        # the signs of 6 - u, one after the other into the lowest bit
+        words = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 d;
+            .reg .b32 t;
+            sub.rn.f32 d, 0f40C00000, $8; mov.b32 t, d; shr.u32 $0, t, 31;
+            sub.rn.f32 d, 0f40C00000, $7; mov.b32 t, d; shf.l.wrap.b32 $0, t, $0, 1;
+            sub.rn.f32 d, 0f40C00000, $6; mov.b32 t, d; shf.l.wrap.b32 $0, t, $0, 1;
+            sub.rn.f32 d, 0f40C00000, $5; mov.b32 t, d; shf.l.wrap.b32 $0, t, $0, 1;
+            sub.rn.f32 d, 0f40C00000, $4; mov.b32 t, d; shf.l.wrap.b32 $0, t, $0, 1;
+            sub.rn.f32 d, 0f40C00000, $3; mov.b32 t, d; shf.l.wrap.b32 $0, t, $0, 1;
+            sub.rn.f32 d, 0f40C00000, $2; mov.b32 t, d; shf.l.wrap.b32 $0, t, $0, 1;
+            sub.rn.f32 d, 0f40C00000, $1; mov.b32 t, d; shf.l.wrap.b32 $0, t, $0, 1;
+            }""",
+            "=&r,r,r,r,r,r,r,r,r", [u0, u1, u2, u3, u4, u5, u6, u7], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+        word = ~tl.sum(words << (8 * tl.arange(0, E // 8))[None, :], axis=1)
+        word = word if E == 32 else word & 0xFFFF
+    else:
+        word = tl.sum((u <= 6.0).to(tl.int32) << tl.arange(0, E)[None, :], axis=1)
+    return word
+
+
+@triton.jit
 def drawn(u, noise, ASM: tl.constexpr):
     """The second result of `arithmetic.stochastic` for u in [0, 6], from noise_above(...): the noise is added to the
     bits of u, or of u + 1 where u is below 1, whose upper ones then are the index. u + 1 is rounded up, so that it is

@@ -21,17 +21,20 @@ from fp4dist.spec.blocks import Ceil, Floor, Quest, Stochastic
 from fp4dist.spec.recipe import QuantSpec
 
 _KINDS = {None: 0, torch.bfloat16: 16, torch.float8_e5m2: 5, torch.float8_e4m3fn: 4}
+_FP8 = torch.float8_e5m2, torch.float8_e4m3fn
 NARROW = (5, 4)  # of these: those that may not hold every value
 # (rows, columns) of a tile and warps, by how the matrix is read (READ of `programs`) and the columns of a block
 _TILES = {
     (0, 16): (32, 128, 4), (0, 32): (64, 128, 4), (1, 16): (64, 64, 4), (1, 32): (128, 64, 4),
     (2, 16): (32, 128, 4), (2, 32): (64, 128, 4),
 }  # fmt: skip
-_NOISY = {(0, 32): (32, 128, 4)}  # more registers a block
+_NOISY = {(0, 32): (32, 128, 4)}  # more registers a block, where it goes by codes
 _WIDE = {16: (64, 128, 8), 32: (64, 128, 4)}  # for rotations that do not fit into the columns above
 BACK = (128, 64, 4)  # for codes that are turned back: a warp has 32 rows side by side
-_TURNED = (128, 32, 4)  # for those that a thread can turn back alone (READ 3)
+_TURNED = (128, 64, 4)  # for those that a thread can turn back alone (READ 3)
 HELD = (256, 128, 4)  # for those of eight rows that a thread holds (READ 4)
+# registers of a thread where values alone are drawn, by READ: more programs fit, and (almost) nothing is spilled
+_REGISTERS = {0: 96, 1: 96, 4: 168}
 _AGAIN = {"AGAIN": True}
 _SIDE = 22 + len(PLACE) + 1  # arguments of `power_kernel`
 
@@ -60,7 +63,8 @@ class Form:
     def of(cls, src: Source, spec: QuantSpec, want: Want, flips: bool) -> Form:
         """flips: whether the rotation that the codes `src` are turned back from has signs."""
         asked = want.codes, want.carrier, want.mask, want.spread is not None
-        form = "power", flips, is_one(src.codes), number_of(spec), *asked, src.layout()
+        line = src.stride if src.read <= 1 else 0
+        form = "power", flips, is_one(src.codes), number_of(spec), *asked, line, src.layout()
         found = _FORMS.get(form)
         if found is None:
             found = _FORMS[form] = cls._new(src, spec, want, flips, form)
@@ -69,7 +73,8 @@ class Form:
     @classmethod
     def _new(cls, src: Source, spec: QuantSpec, want: Want, flips: bool, form: Hashable) -> Form:
         rule, rotation, noisy = spec.rule, spec.rotation.size if spec.rotation else 1, _is_noisy(spec)
-        rows, columns, warps = _tile(src, spec, rotation, noisy)
+        alone = want.carrier in _FP8 and not want.codes
+        rows, columns, warps = _tile(src, spec, rotation, noisy and not alone)
         before = fp32(1.0 / rule.headroom) if isinstance(rule, Floor) else 1.0
         finer = fp32(rule.finer_below) if isinstance(rule, Ceil) else 0.0
         factor = getattr(rule, "factor", None)
@@ -84,8 +89,11 @@ class Form:
             "UNIT": is_one(src.codes), "CODES": want.codes,
             "CARRIER": _KINDS[want.carrier], "MASK": masked,
             "ASM": _has_asm(src.tensor.device), "AGAIN": False,
-            "SPREAD": want.spread is not None, "num_warps": warps, "enable_fp_fusion": False,
+            "SPREAD": want.spread is not None, "LINE": _line(src, rows, columns), "num_warps": warps,
+            "enable_fp_fusion": False,
         }  # fmt: skip
+        if noisy and alone and constants["ASM"] and src.read in _REGISTERS:
+            constants["maxnreg"] = _REGISTERS[src.read]
         scalars = before, finer, fp32(QUEST_E2M1 if factor is None else factor)
         wide = spec.shape[1] == 32  # mask bits: a word for each block, or half of one
         in_words = {
@@ -107,6 +115,14 @@ def _tile(src: Source, spec: QuantSpec, rotation: int, noisy: bool) -> tuple[int
     elif columns < rotation:
         rows, columns, warps = _WIDE[spec.shape[1]]
     return max(rows, spec.shape[0]), columns, warps
+
+
+def _line(src: Source, rows: int, columns: int) -> int:
+    """The stride of a matrix, compiled into the kernel, where it has whole tiles, and where it is one of words if its
+    transpose is read.
+    """
+    whole = src.shape[0] % rows == 0 and src.shape[1] % columns == 0
+    return src.stride if whole and (src.read == 0 or (src.read == 1 and src.in_words)) else 0
 
 
 _FORMS: dict[Hashable, Form] = {}

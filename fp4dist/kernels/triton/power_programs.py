@@ -7,7 +7,8 @@ An FP8 value is code * 2^(block exponent + shift). The shift is remembered: it p
 was quantized here before `HEADROOM` binades below the top of the type. A second, small launch of the same kernel
 (`again`) looks whether that was right. Where a block lies above the top, or elements below the bottom are lost, it
 writes everything anew under the shift of this very matrix; what is lost then, no shift can hold. So neither values nor
-counts depend on what was remembered.
+counts depend on what was remembered. FP8 values without codes take a shorter way at first (`power_values`); where a
+block is unusual for it, all is written anew likewise.
 
     memory   int32[8], zeros at first and between matrices but for the first:
              0 largest scale byte of the matrix before; 1 of this one; 2 not 0: the remembered shift does not hold it
@@ -20,10 +21,11 @@ import triton
 import triton.language as tl
 
 from fp4dist.kernels.triton import arithmetic as a
-from fp4dist.kernels.triton import lanes
 from fp4dist.kernels.triton import power_bits as bits
+from fp4dist.kernels.triton import power_reads as reads
+from fp4dist.kernels.triton import power_values as quick
 from fp4dist.kernels.triton import programs as p
-from fp4dist.kernels.triton.noise import PLACE
+from fp4dist.kernels.triton.noise import PLACE, global_positions
 
 MEMORY = 8  # numbers
 HEADROOM = tl.constexpr(3)  # binades by which a matrix's largest scale may grow until it is written twice
@@ -42,66 +44,11 @@ def _store_values(words, values, row, col, rows, cols, R: tl.constexpr, N: tl.co
 
 
 @triton.jit
-def _turned_codes(
-    x, stride, qscales, qglobal, back, root, table, signs, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr,
-    EVEN: tl.constexpr, FLIPS: tl.constexpr, SIGNED: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """[R * N / 32, 32] fp32 values of the transpose of codes x [cols, rows / 2] with E8M0 scales of 32 along rows,
-    turned back from a rotation of 32 along rows (which has signs if FLIPS), and with the signs of one of 32 along
-    columns if SIGNED.
-
-    A thread decodes 32 codes of a row of x, whose scale it shares and whose rotation it can turn back alone; then the
-    tile is turned as a whole. `table` [32] holds `root`; that it is read so that a thread has all of it is what makes
-    Triton give a thread 32 columns.
-    """
-    G: tl.constexpr = R * N // 32
-    factor = lanes.of_runs(tl.load(table + lanes.runs(G, 32, 4)[1]), G, 32)
-    run, place = lanes.runs(G, 4, 4)
-    t, b = run // (R // 32), run % (R // 32)
-    at = x + (col.to(tl.int64) * stride + row // 8) + (t * stride + b * 4 + place)
-    scale_at = qscales + (col.to(tl.int64) * (rows // 32) + row // 32)
-    scale_at += tl.arange(0, N)[None, :] * (rows // 32) + tl.arange(0, R // 32)[:, None]
-    if EVEN:
-        words, stored = tl.load(at), tl.load(scale_at)
-    else:
-        words = tl.load(at, mask=(col + t < cols) & (row + b * 32 < rows), other=0)
-        inside = (col + tl.arange(0, N)[None, :] < cols) & (row + tl.arange(0, R // 32)[:, None] * 32 < rows)
-        stored = tl.load(scale_at, mask=inside, other=0)
-    scale = tl.reshape(a.decode_e8m0(stored.to(tl.int32)), (G,))
-    common = tl.load(qglobal) * root
-    if SIGNED:
-        word = tl.broadcast_to((tl.load(signs) >> (tl.arange(0, N) % 32))[None, :], (R // 32, N))
-        common = a.floats(a.bits(common) ^ (tl.reshape(word, (G,)) << 31))[:, None]
-    words = tl.reshape(tl.permute(tl.reshape(words, (N, R // 32, 4)), (1, 0, 2)), (G, 4))
-    y = bits.unpacked(words, G, ASM) * scale[:, None] * common
-    y = tl.permute(tl.reshape(a.rotate(y, G, 32, 32), (R // 32, N, 32)), (0, 2, 1))
-    y = tl.reshape(y, (R * N // 32, 32)) * factor
-    if FLIPS:
-        word = tl.load(back) >> tl.arange(0, 32)
-        word = tl.broadcast_to(word[None, :, None], (R // 32, 32, N // 32))
-        y = a.floats(a.bits(y) ^ (tl.reshape(word, (G,)) << 31)[:, None])
-    return y
-
-
-@triton.jit
-def _held_codes(x, stride, qscales, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
-    """[R * N / 256, 32] twice: words of the eight codes that 8 rows of the transpose have at 32 columns each, from
-    codes x [cols, rows / 2], and their E8M0 scales, of 32 along rows, in fp32.
-    """
-    G: tl.constexpr = R // 8 * N // 32
-    words = p._turned(x, stride, row, col, rows, cols, R, N, 32, 8, W, True)
-    r, c = lanes.words(R // 8, N, 32, W)
-    start = qscales + (col.to(tl.int64) * (rows // 32) + row // 32)
-    stored = lanes.of_words(tl.load(start + (c * (rows // 32) + r // 4)), R // 8, N, 32, W).to(tl.int32)
-    return tl.reshape(words, (G, 32)), a.decode_e8m0(tl.reshape(stored, (G, 32)))
-
-
-@triton.jit
 def _counters(y, row, col, width, row_run, r0, r1, column_run, q0, q1, R: tl.constexpr, N: tl.constexpr,
               E: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """[G, E/8] counters of the noise of every S-th row; see `programs._thresholds`."""
-    r = p._global(row + tl.arange(0, R) * S, row_run, r0, r1)
-    c = p._global(col // 8 + tl.arange(0, N // 8), column_run, q0, q1)
+    r = global_positions(row + tl.arange(0, R) * S, row_run, r0, r1)
+    c = global_positions(col // 8 + tl.arange(0, N // 8), column_run, q0, q1)
     index = tl.reshape(r[:, None] * width.to(tl.uint32) + c[None, :], (R * N // E, E // 8))
     return tl.where((a.every_eighth(y, R * N // E, E) | 1) == 0, 0, index)
 
@@ -122,11 +69,14 @@ def _quantized(
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, RULE: tl.constexpr, ROUND: tl.constexpr,
     STD: tl.constexpr, CLIPS: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """([G, E/8] words of eight codes, [G] scale bytes, [G, E] |u| before saturation, NaN codes' condition)."""
+    """([G, E/8] words of eight codes, [G] scale bytes, [G, E] |u| before saturation, [G, E] levels, [G] whether a block
+    has any code but zeros).
+    """
     G: tl.constexpr = R * N // E
-    found = p._block_amax(y, R, N, E, BR)
+    amax = p._block_amax(y, R, N, E, BR)
+    found = amax
     if RULE >= 4:
-        found = _step(y, found, factor, STD, R, N, E, BR) + 1e-8
+        found = _step(y, amax, factor, STD, R, N, E, BR) + 1e-8
     stored = a.power_byte(found, RULE, finer, 2, 0x400000)  # of 6
     multiplier = a.decode_e8m0(254 - stored)
     if RULE == 3:
@@ -143,7 +93,11 @@ def _quantized(
         level, top = a.nearest(u)
     words = bits.packed(top, y, G, E, ASM)
     words = tl.where((stored != 255)[:, None], words, 0x77777777)  # a NaN has no sign
-    return words, stored, full, level
+    if ROUND == 1:
+        some = tl.max(words & 0x77777777, axis=1) != 0
+    else:  # by the largest element, so that words that nobody asks for need not be made
+        some = (amax * before if RULE == 1 else amax) * multiplier > 0.25
+    return words, stored, full, level, some
 
 
 @triton.jit
@@ -159,13 +113,12 @@ def _written(
     else 0: the largest of either tell which binades the matrix spans. If AGAIN, what is lost is counted instead.
     """
     G: tl.constexpr = R * N // E
-    words, stored, full, level = _quantized(
+    words, stored, full, level, some = _quantized(
         y, factor, before, finer, noisy_row, noisy_col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
         R, N, E, BR, RULE, ROUND, STD, CLIPS, S, ASM,
     )  # fmt: skip
     if MASK and not AGAIN:
-        bit = tl.sum((full <= 6.0).to(tl.int32) << tl.arange(0, E)[None, :], axis=1)
-        bit = tl.where(stored == 255, 0, bit)
+        bit = tl.where(stored == 255, 0, bits.inside(full, G, E, ASM))
         p._store_scales(bit, inside, row, col, rows, cols, R, N, E, 1, EVEN)
     if CODES and not AGAIN:
         p._store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
@@ -173,8 +126,7 @@ def _written(
     byte = tl.where(stored == 255, 0, stored)
     deep = byte & 0
     if (CARRIER == 5) | (CARRIER == 4) | SPREAD:
-        some = (tl.max(words & 0x77777777, axis=1) != 0) & (stored != 255)
-        deep = tl.where(some, 256 - stored, 0)
+        deep = tl.where(some & (stored != 255), 256 - stored, 0)
     if CARRIER == 16:
         p._store_carrier(level, y, a.decode_e8m0(stored), values, row, col, rows, cols, R, N, E, EVEN)
     if (CARRIER == 5) | (CARRIER == 4):
@@ -191,6 +143,31 @@ def _written(
 
 
 @triton.jit
+def _written_quickly(
+    y, largest, values, row, col, rows, cols, noisy_row, noisy_col, before, k0, k1, when, c3, width, row_run, r0, r1,
+    column_run, q0, q1,
+    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, RULE: tl.constexpr, ROUND: tl.constexpr,
+    S: tl.constexpr, EVEN: tl.constexpr, CARRIER: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """`_written` of FP8 values alone, without codes: right unless the second result is above `UNUSUAL`."""
+    G: tl.constexpr = R * N // E
+    HIGHEST: tl.constexpr = 13 if CARRIER == 5 else 6
+    LOWEST: tl.constexpr = -15 if CARRIER == 5 else -8
+    found = p._block_amax(y, R, N, E, BR)
+    stored = quick.byte_of(found, RULE)
+    shift = quick.shift_of(largest, HIGHEST) * (6.0 if RULE == 3 else before)
+    unit = quick.unit_of(stored, largest, LOWEST, HIGHEST)[:, None]
+    if ROUND == 1:
+        counters = _counters(y, noisy_row, noisy_col, width, row_run, r0, r1, column_run, q0, q1, R, N, E, S)
+        key = k0, k1, tl.load(when), tl.load(when + 1), c3
+        words = quick.drawn(y, shift, unit, tl.reshape(counters, (G, E // 8)), key, G, E, CARRIER, ASM)
+    else:
+        words = quick.bytes_of(quick.nearest(y * shift, unit, y, ASM), G, E, CARRIER, ASM)
+    _store_values(words, values, row, col, rows, cols, R, N, EVEN)
+    return quick.spans(found, stored)
+
+
+@triton.jit
 def _tile(
     tile, largest, count, x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values,
     inside, memory, shared, factor_of, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1,
@@ -199,63 +176,98 @@ def _tile(
     RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
     BACK: tl.constexpr, FLIPS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
-    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr,
+    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Tile number `tile` of `power_kernel`. largest: the scale byte at the top of the FP8 type;  count: of losses."""
     G: tl.constexpr = R * N // E
+    NARROW: tl.constexpr = (CARRIER == 5) | (CARRIER == 4)
+    PLAIN: tl.constexpr = NARROW and RULE <= 3 and not (CODES or CLIPS)
+    QUICK: tl.constexpr = PLAIN and not AGAIN
     across = tl.cdiv(cols, N)
     row, col = tile // across * R, tile % across * N
-    if SPREAD and not AGAIN:  # early: nobody waits for it; a value of before costs an atomic in vain
+    if SPREAD:  # early: nobody waits for it; a value of before costs an atomic in vain
         seen_top, seen_depth = tl.load(spread), tl.load(spread + 1)
     if READ == 4:
-        words, scale = _held_codes(x, stride, qscales, row, col, rows, cols, R, N, W)
+        words, scale = reads.held_codes(x, stride, qscales, row, col, rows, cols, R, N, W)
         byte = tl.zeros((G // 8,), tl.int32)
         deep = tl.zeros((G // 8,), tl.int32)
-        for i in range(8):
-            y = a.e2m1_signed(words << (28 - 4 * i)) * scale
-            if not UNIT:
-                y = y * tl.load(qglobal)
-            # [rows, cols] is [rows / 8, 8 cols], too
-            more, deeper = _written(
-                y, largest, count, codes, scales, values, inside, row // 8, i * cols + col, rows // 8, cols * 8,
-                row + i, col, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
-                R // 8, N, E, BR, RULE, ROUND, STD, CLIPS, 8, EVEN, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD,
-            )  # fmt: skip
-            byte, deep = tl.maximum(byte, more), tl.maximum(deep, deeper)
+        if QUICK:
+            for i in range(4):
+                low, high = reads.two_rows(words, scale, i, ASM)
+                for half in tl.static_range(2):
+                    y = high if half else low
+                    if not UNIT:
+                        y = y * tl.load(qglobal)
+                    at = i + 4 * half
+                    # [rows, cols] is [rows / 8, 8 cols], too
+                    more, deeper = _written_quickly(
+                        y, largest, values, row // 8, at * cols + col, rows // 8, cols * 8, row + at, col, before, k0,
+                        k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+                        R // 8, N, E, BR, RULE, ROUND, 8, EVEN, CARRIER, ASM,
+                    )  # fmt: skip
+                    byte, deep = tl.maximum(byte, more), tl.maximum(deep, deeper)
+        else:
+            for i in range(8):
+                y = a.e2m1_signed(words << (28 - 4 * i)) * scale
+                if not UNIT:
+                    y = y * tl.load(qglobal)
+                more, deeper = _written(
+                    y, largest, count, codes, scales, values, inside, row // 8, i * cols + col, rows // 8, cols * 8,
+                    row + i, col, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+                    R // 8, N, E, BR, RULE, ROUND, STD, CLIPS, 8, EVEN, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD,
+                )  # fmt: skip
+                byte, deep = tl.maximum(byte, more), tl.maximum(deep, deeper)
     else:
         if READ == 3:
-            y = _turned_codes(
+            y = reads.turned_codes(
                 x, stride, qscales, qglobal, back, root, table, signs, row, col, rows, cols, R, N, EVEN, FLIPS, SIGNED,
-                ASM,
+                ASM, QUICK,
             )  # fmt: skip
             y = a.rotate(y, G, E, ROT)
+        elif READ <= 1 and LINE > 0 and not AGAIN:
+            y = reads.columns(x, LINE, row, col, R, N, E, P, W) if READ else reads.rows(x, LINE, row, col, R, N, E, P)
+            y = p._rotated(y, signs, R, N, E, ROT, SIGNED)
         else:
             y = p._tile(
                 x, stride, qscales, qglobal, signs, row, col, rows, cols,
                 R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root,
             )  # fmt: skip
-        byte, deep = _written(
-            y, largest, count, codes, scales, values, inside, row, col, rows, cols, row, col, before, finer, factor,
-            k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
-            R, N, E, BR, RULE, ROUND, STD, CLIPS, 1, EVEN, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD,
-        )  # fmt: skip
-    NARROW: tl.constexpr = (CARRIER == 5) | (CARRIER == 4)
+        if QUICK:
+            byte, deep = _written_quickly(
+                y, largest, values, row, col, rows, cols, row, col, before, k0, k1, when, c3, width, row_run, r0, r1,
+                column_run, q0, q1, R, N, E, BR, RULE, ROUND, 1, EVEN, CARRIER, ASM,
+            )  # fmt: skip
+        else:
+            byte, deep = _written(
+                y, largest, count, codes, scales, values, inside, row, col, rows, cols, row, col, before, finer, factor,
+                k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
+                R, N, E, BR, RULE, ROUND, STD, CLIPS, 1, EVEN, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD,
+            )  # fmt: skip
     HIGHEST: tl.constexpr = 13 if CARRIER == 5 else 6
     LOWEST: tl.constexpr = -15 if CARRIER == 5 else -8
     if NARROW:  # noqa: SIM102 (a constant, and a condition at run time)
         if tile == 0:
             tl.store(factor_of, tl.load(shared) * (a.decode_e8m0(tl.minimum(largest, 254)) * (2.0**-HIGHEST)))
-    if (NARROW | SPREAD) and not AGAIN:
-        top, depth = tl.max(byte, axis=0), tl.max(deep, axis=0)
-        if NARROW:
-            tl.atomic_max(memory + 1, top, sem="relaxed")
-            if (top > largest) | (256 - depth - largest + HIGHEST < LOWEST):
-                tl.atomic_add(count, 1, sem="relaxed")
+    if NARROW and not AGAIN:
+        flushed = HIGHEST - LOWEST + 256 - largest  # what is deeper does not fit
+        limit = tl.minimum(flushed, quick.UNUSUAL) if QUICK else flushed
+        known, deepest = tl.load(memory + 1), limit
         if SPREAD:
-            if top > seen_top:
-                tl.atomic_max(spread, top, sem="relaxed")
-            if depth > seen_depth:
-                tl.atomic_max(spread + 1, depth, sem="relaxed")
+            known, deepest = tl.minimum(known, seen_top), tl.minimum(limit, seen_depth)
+    elif SPREAD:
+        known, deepest = seen_top, seen_depth
+    if (NARROW and not AGAIN) or SPREAD:
+        news = (byte > known) | (deep > deepest)
+        if tl.max(news.to(tl.int32), axis=0) > 0:  # of few tiles
+            top, depth = tl.max(byte, axis=0), tl.max(deep, axis=0)
+            if NARROW and not AGAIN:
+                tl.atomic_max(memory + 1, top, sem="relaxed")
+                if (top > largest) | (depth > limit):
+                    tl.atomic_add(count, 1, sem="relaxed")
+            if SPREAD:  # noqa: SIM102 (a constant, and a condition at run time)
+                if (not QUICK) or depth <= quick.UNUSUAL:  # else it is told when it is written again
+                    tl.atomic_max(spread, top, sem="relaxed")
+                    tl.atomic_max(spread + 1, depth, sem="relaxed")
 
 
 @triton.jit
@@ -267,33 +279,40 @@ def _matrix(
     RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
     BACK: tl.constexpr, FLIPS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
-    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr,
+    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Tile number `tile` of a matrix, or if AGAIN what program number `program` does of it; see `power_kernel`."""
     if AGAIN:
-        end = tl.where(tl.load(memory + 2) != 0, tl.cdiv(rows, R) * tl.cdiv(cols, N), 0)
+        wrong, top = tl.load(memory + 2), tl.load(memory + 1)
+        end = tl.where(wrong != 0, tl.cdiv(rows, R) * tl.cdiv(cols, N), 0)
         for tile in range(program, end, tl.num_programs(0)):
             _tile(
-                tile, tl.load(memory + 1), memory + 5, x, stride, qscales, qglobal, back, root, rows, cols, table,
+                tile, top, memory + 5, x, stride, qscales, qglobal, back, root, rows, cols, table,
                 signs, codes, scales, values, inside, memory, shared, factor_of, spread, before, finer, factor, k0, k1,
                 when, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS,
-                READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD,
+                READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD, LINE,
             )  # fmt: skip
-        tl.debug_barrier()
-        if tl.atomic_add(memory + 4, 1) == tl.num_programs(0) - 1:  # the last: for the next matrix
-            tl.atomic_xchg(memory, tl.atomic_xchg(memory + 1, 0))
-            count = tl.atomic_xchg(memory + 5, 0)
-            tl.store(memory + 2, 0)
-            tl.store(memory + 3, count)
-            tl.store(memory + 4, 0)
-            tl.atomic_max(lost, count)
+        if wrong == 0:  # the one that is there waits for nobody
+            if program == 0:
+                tl.store(memory, top)
+                tl.store(memory + 1, 0)
+                tl.store(memory + 3, 0)
+        else:
+            tl.debug_barrier()
+            if tl.atomic_add(memory + 4, 1) == tl.num_programs(0) - 1:  # the last: for the next matrix
+                tl.atomic_xchg(memory, tl.atomic_xchg(memory + 1, 0))
+                count = tl.atomic_xchg(memory + 5, 0)
+                tl.store(memory + 2, 0)
+                tl.store(memory + 3, count)
+                tl.store(memory + 4, 0)
+                tl.atomic_max(lost, count)
     else:
         largest = tl.minimum(tl.load(memory) + HEADROOM, 254) if (CARRIER == 5) | (CARRIER == 4) else 0
         _tile(
             tile, largest, memory + 2, x, stride, qscales, qglobal, back, root, rows, cols, table, signs,
             codes, scales, values, inside, memory, shared, factor_of, spread, before, finer, factor, k0, k1, when, c3,
             width, row_run, r0, r1, column_run, q0, q1, R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W,
-            EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD,
+            EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD, LINE,
         )  # fmt: skip
 
 
@@ -305,10 +324,11 @@ def power_kernel(
     RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
     BACK: tl.constexpr, FLIPS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
-    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr,
+    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Tiles of one matrix: codes and scale bytes if CODES, values if CARRIER (16: bf16; 5, 4: e5m2, e4m3), a bit for
-    each element that is not clipped if MASK. RULE and ROUND: of `programs._side`.
+    each element that is not clipped if MASK. RULE and ROUND: of `programs._side`. LINE: the stride of a matrix of
+    whole tiles, or 0.
 
     shared      [] fp32 that all values have as a factor;  factor_of   it becomes that of the FP8 values
     lost        [] int32, becomes the most elements lost so far
@@ -321,7 +341,7 @@ def power_kernel(
         shared, factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run,
         q0, q1,
         R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES,
-        CARRIER, MASK, ASM, AGAIN, SPREAD,
+        CARRIER, MASK, ASM, AGAIN, SPREAD, LINE,
     )  # fmt: skip
 
 
@@ -336,12 +356,13 @@ def power_pair_kernel(
     RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
     BACK: tl.constexpr, FLIPS: tl.constexpr, UNIT: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
-    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr,
+    MASK: tl.constexpr, ASM: tl.constexpr, AGAIN: tl.constexpr, SPREAD: tl.constexpr, LINE: tl.constexpr,
     R_2: tl.constexpr, N_2: tl.constexpr, E_2: tl.constexpr, BR_2: tl.constexpr, ROT_2: tl.constexpr,
     SIGNED_2: tl.constexpr, RULE_2: tl.constexpr, ROUND_2: tl.constexpr, STD_2: tl.constexpr, CLIPS_2: tl.constexpr,
     READ_2: tl.constexpr, P_2: tl.constexpr, W_2: tl.constexpr, EVEN_2: tl.constexpr, QBR_2: tl.constexpr,
     QBC_2: tl.constexpr, QE8M0_2: tl.constexpr, BACK_2: tl.constexpr, FLIPS_2: tl.constexpr, UNIT_2: tl.constexpr,
     CODES_2: tl.constexpr, CARRIER_2: tl.constexpr, MASK_2: tl.constexpr, ASM_2: tl.constexpr, SPREAD_2: tl.constexpr,
+    LINE_2: tl.constexpr,
 ):  # fmt: skip
     """A matrix and its transpose: a program makes a tile of either from the same part of the memory, which it reads
     from a cache the second time. Parameters are those of `power_kernel`, twice; R = N_2, N = R_2.
@@ -354,7 +375,7 @@ def power_pair_kernel(
         shared, factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run,
         q0, q1,
         R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES,
-        CARRIER, MASK, ASM, AGAIN, SPREAD,
+        CARRIER, MASK, ASM, AGAIN, SPREAD, LINE,
     )  # fmt: skip
     _matrix(
         program, program % across * tl.cdiv(cols_2, N_2) + program // across,
@@ -362,5 +383,5 @@ def power_pair_kernel(
         values_2, inside_2, memory_2, shared_2, factor_of_2, lost_2, spread_2, before_2, finer_2, factor_2, k0_2, k1_2,
         when_2, c3_2, width_2, row_run_2, r0_2, r1_2, column_run_2, q0_2, q1_2,
         R_2, N_2, E_2, BR_2, ROT_2, SIGNED_2, RULE_2, ROUND_2, STD_2, CLIPS_2, READ_2, P_2, W_2, EVEN_2, QBR_2, QBC_2,
-        QE8M0_2, BACK_2, FLIPS_2, UNIT_2, CODES_2, CARRIER_2, MASK_2, ASM_2, AGAIN, SPREAD_2,
+        QE8M0_2, BACK_2, FLIPS_2, UNIT_2, CODES_2, CARRIER_2, MASK_2, ASM_2, AGAIN, SPREAD_2, LINE_2,
     )  # fmt: skip

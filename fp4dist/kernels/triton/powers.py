@@ -73,7 +73,7 @@ def requantize(
 
 
 def _in_words(src: _Source, spec: QuantSpec) -> _Source:
-    """READ 3 or 4 in place of 2, where `_turned_codes` or `_held_codes` of `power_programs` take the codes: words of
+    """READ 3 or 4 in place of 2, where `turned_codes` or `held_codes` of `power_reads` take the codes: words of
     eight codes with power-of-two scales of 32 along their rows.
     """
     q, tensor, (rows, cols) = src.codes, src.tensor, src.shape

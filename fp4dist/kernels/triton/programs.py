@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from fp4dist.kernels.triton import arithmetic as a
-from fp4dist.kernels.triton import lanes
-from fp4dist.kernels.triton.noise import PLACE
+from fp4dist.kernels.triton import chunks, lanes
+from fp4dist.kernels.triton.noise import PLACE, global_positions
 from fp4dist.kernels.triton.signs import word_of
 
 
@@ -162,20 +162,14 @@ def _outer_scale(amax, numerator):
 
 
 @triton.jit
-def _global(i, run, first, second):
-    """uint32 global positions of local ones: two runs of length `run` from `first` and `second`, or one of all."""
-    return tl.where(i < run, first + i, second + i - run).to(tl.uint32)
-
-
-@triton.jit
 def _thresholds(y, row, col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
                 R: tl.constexpr, N: tl.constexpr, E: tl.constexpr):  # fmt: skip
     """[G, E] thresholds; one counter for eight elements of a row.
 
     A condition that is never true ties the counters to y, so that each thread draws what its own elements need.
     """
-    r = _global(row + tl.arange(0, R), row_run, r0, r1)
-    c = _global(col // 8 + tl.arange(0, N // 8), column_run, q0, q1)
+    r = global_positions(row + tl.arange(0, R), row_run, r0, r1)
+    c = global_positions(col // 8 + tl.arange(0, N // 8), column_run, q0, q1)
     index = tl.reshape(r[:, None] * width.to(tl.uint32) + c[None, :], (R * N // E, E // 8))
     index = tl.where((a.every_eighth(y, R * N // E, E) | 1) == 0, 0, index)
     w0, w1, w2, w3 = a.philox_of(index, k0, k1, tl.load(when), tl.load(when + 1), c3)
@@ -251,7 +245,14 @@ def _store_carrier(level, y, scale, values, row, col, rows, cols, R: tl.constexp
                    EVEN: tl.constexpr):  # fmt: skip
     """[G, E] levels with the signs of y times decode scales [G] -> values [rows, cols / 2] words of two bf16."""
     signed = a.floats(a.bits(level * scale[:, None]) | (a.bits(y) & -2147483648))
-    words = tl.reshape(a.bf16_pairs(signed, R * N // E, E), (R, N // 2))
+    _store_values(signed, values, row, col, rows, cols, R, N, E, EVEN)
+
+
+@triton.jit
+def _store_values(value, values, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+                  EVEN: tl.constexpr):  # fmt: skip
+    """[G, E] fp32 that bf16 holds exactly -> values [rows, cols / 2] words of two bf16."""
+    words = tl.reshape(a.bf16_pairs(value, R * N // E, E), (R, N // 2))
     r = tl.arange(0, R)[:, None]
     c = col // 2 + tl.arange(0, N // 2)[None, :]
     to = values + (row.to(tl.int64) * (cols // 2) + r * (cols // 2) + c)
@@ -292,9 +293,9 @@ def _side(
     u = a.at_most(tl.abs(y * multiplier[:, None]), 6.0)
     if ROUND == 1:
         noise = _thresholds(y, row, col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E)
-        level, index = a.stochastic(u, noise)
+        level, _ = a.stochastic(u, noise)
     else:
-        level, index = a.nearest(u)
+        level, _ = a.nearest(u)
     if RULE > 0:
         error = _error(y, level, scale, unit, METRIC, R, N, E, BR)
         for i in tl.static_range(4):
@@ -302,21 +303,21 @@ def _side(
                 stored_i = a.encode_e4m3(raw * ((RULE >> 8 * i & 255) / 16))
                 scale_i = a.decode_e4m3(stored_i)
                 multiplier = a.below(tl.div_rn(1.0, scale_i * unit), a.FLT_MAX)
-                level_i, index_i = a.nearest(a.at_most(tl.abs(y * multiplier[:, None]), 6.0))
+                level_i, _ = a.nearest(a.at_most(tl.abs(y * multiplier[:, None]), 6.0))
                 error_i = _error(y, level_i, scale_i, unit, METRIC, R, N, E, BR)
                 better = error_i < error
                 error = tl.where(better, error_i, error)
                 stored = tl.where(better, stored_i, stored)
                 scale = tl.where(better, scale_i, scale)
                 level = tl.where(better[:, None], level_i, level)
-                index = tl.where(better[:, None], index_i, index)
+    level = a.floats(a.bits(level) | (a.bits(y) & -2147483648))
     if CODES:
-        words = a.pack(index, y, G, E)
+        words = a.packed(level, G, E)
         words = tl.where((scale == scale)[:, None], words, 0x77777777)  # a NaN has no sign
         _store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
         _store_scales(stored, scales, row, col, rows, cols, R, N, E, BR, EVEN)
     if CARRIER:
-        _store_carrier(level, y, scale, values, row, col, rows, cols, R, N, E, EVEN)
+        _store_values(level * scale[:, None], values, row, col, rows, cols, R, N, E, EVEN)
 
 
 @triton.jit(do_not_specialize=PLACE)
@@ -342,20 +343,6 @@ def quantize_kernel(
 _BOTH = [*PLACE, *("t_" + name for name in PLACE)]
 
 
-@triton.jit
-def _of_pair(rows, cols, R: tl.constexpr, N: tl.constexpr, T_R: tl.constexpr, T_N: tl.constexpr):
-    """(is it a tile of the transpose, row, column) of a program: those that read the same T_N x N elements of
-    x [rows, cols] follow each other, so that the second reading finds them in the cache.
-    """
-    STRAIGHT: tl.constexpr = T_N // R
-    EACH: tl.constexpr = STRAIGHT + N // T_R
-    region, i = tl.program_id(0) // EACH, tl.program_id(0) % EACH
-    across = tl.cdiv(cols, N)
-    row, col = region // across * T_N, region % across * N
-    turned = i >= STRAIGHT
-    return turned, tl.where(turned, col + (i - STRAIGHT) * T_R, row + i * R), tl.where(turned, row, col)
-
-
 @triton.jit(do_not_specialize=_BOTH)
 def pair_kernel(
     x, stride, words, word_stride, rows, cols,
@@ -372,7 +359,7 @@ def pair_kernel(
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """Tiles of x [rows, cols], and of x^T with what begins with t_; see `_side`. words: x, as `_turned` reads it."""
-    turned, row, col = _of_pair(rows, cols, R, N, T_R, T_N)
+    turned, row, col = chunks.of_pair(tl.program_id(0), rows, cols, R, N, T_R, T_N)
     if turned:
         _side(
             words, word_stride, words, words, 0, 1.0, t_signs, t_outer, t_codes, t_scales, t_values,
@@ -398,7 +385,7 @@ def pair_amax_kernel(
     T_SIGNED: tl.constexpr, T_P: tl.constexpr, T_W: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The largest magnitude bits of x and of x^T after their rotations, into `top` and `t_top`, which start at 0."""
-    turned, row, col = _of_pair(rows, cols, R, N, T_R, T_N)
+    turned, row, col = chunks.of_pair(tl.program_id(0), rows, cols, R, N, T_R, T_N)
     if turned:
         y_t = _tile(
             words, word_stride, words, words, t_signs, row, col, cols, rows, T_R, T_N, T_E,

@@ -17,20 +17,19 @@ from fp4dist.kernels.triton.counters import unset, zero
 from fp4dist.kernels.triton.filters import original
 from fp4dist.kernels.triton.launch import Launch
 from fp4dist.kernels.triton.noise import PLACE, place
-from fp4dist.kernels.triton.programs import amax_kernel, pair_amax_kernel, pair_kernel, quantize_kernel
+from fp4dist.kernels.triton.programs import pair_amax_kernel, pair_kernel
+from fp4dist.kernels.triton.quantize_forms import BACK, Amax, Form, programs_of, stretches
 from fp4dist.kernels.triton.signs import has_signs, sign_words
-from fp4dist.kernels.triton.sources import Side, width_of_strip
+from fp4dist.kernels.triton.sources import Side
 from fp4dist.kernels.triton.sources import Source as _Source
 from fp4dist.kernels.triton.sources import number_of as _number
 from fp4dist.numerics.grouping import ReduceMax
 from fp4dist.numerics.handed import handed
-from fp4dist.numerics.scales import fp32, target_max
+from fp4dist.numerics.scales import fp32
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
-from fp4dist.spec.blocks import AbsMax, BestOf, FourOverSix, Hadamard, Nearest, ScaleRule, Stochastic
+from fp4dist.spec.blocks import AbsMax, BestOf, FourOverSix, Hadamard, Nearest, Stochastic
 from fp4dist.spec.formats import E2M1
 from fp4dist.spec.recipe import QuantSpec
-
-_MOST_STRETCHES = 4  # of `programs`
 
 
 def why_not(spec: QuantSpec) -> str | None:
@@ -46,20 +45,10 @@ def why_not(spec: QuantSpec) -> str | None:
         (not isinstance(spec.rounding, Nearest | Stochastic), f"rounding {spec.rounding.kind}"),
         (isinstance(spec.rounding, Nearest) and spec.rounding.ties != "even", "ties other than to even"),
         (isinstance(spec.rounding, Stochastic) and isinstance(spec.rule, FourOverSix), "four-over-six under noise"),
-        (_stretches(spec.rule) is None, f"scales {getattr(spec.rule, 'also', ())} times that of the amax"),
+        (stretches(spec.rule) is None, f"scales {getattr(spec.rule, 'also', ())} times that of the amax"),
         (spec.has_parts, "operands in parts"),
     )
     return next((f"the Triton quantizer has no {what}" for missing, what in lacks if missing), None)
-
-
-def _stretches(rule: ScaleRule) -> int | None:
-    """RULE of `programs`: what a rule multiplies the amax's scale by beside 1, in 16ths, a byte each, the first lowest.
-
-    None where that cannot be written so.
-    """
-    factors = (1.5,) if isinstance(rule, FourOverSix) else rule.also if isinstance(rule, BestOf) else ()
-    exact = len(factors) <= _MOST_STRETCHES and all(0 < f < 16 and (16 * f).is_integer() for f in factors)
-    return sum(int(16 * f) << 8 * i for i, f in enumerate(factors)) if exact else None
 
 
 def why_not_pair(row: QuantSpec, column: QuantSpec) -> str | None:
@@ -118,7 +107,7 @@ def requantize(
         return quantize(q, spec, key, reduce_max, want=want)
     if back is None or back[0] is None or back[0].size != q.rotation:
         raise ValueError(f"requantize needs codes in the original basis, or that basis, got rotation {q.rotation}")
-    if q.rotation > 32 or (spec.rotation is not None and spec.rotation.size > _BACK[1]):
+    if q.rotation > 32 or (spec.rotation is not None and spec.rotation.size > BACK[1]):
         return quantize(original(q, back[0], back[1]).t(), spec, key, reduce_max, want=want)
     source = _Source.of(q, (q.rotation, sign_words(*back, q.codes.device)))
     return _run(_Job(source, Side(spec, key, reduce_max, want)))
@@ -133,133 +122,9 @@ def _run(job: _Job) -> BlockScaledTensor | Carrier:
 def amax(x: Tensor) -> Tensor:
     """[] fp32 max |x| of a tensor of any shape; NaN if any element is."""
     src = _Source.of(x.reshape(-1, x.shape[-1] if x.dim() > 1 else x.numel()))
-    found, top = _Amax.of(src, 16, 1, False), zero(x.device)
+    found, top = Amax.of(src, 16, 1, False), zero(x.device)
     found.run(found.programs(src.shape), *src.arguments(), sign_words(None, None, x.device), top)
     return top.view(torch.float32)
-
-
-# (rows, columns) of a tile and warps, by how the matrix is read (READ of `programs`) and the columns of a block: the
-# fastest of those tried on an H100 with 16384 x 4096 bf16.
-_TILES = {
-    (0, 16): (32, 128, 4), (0, 32): (32, 128, 4), (1, 16): (64, 64, 4), (1, 32): (64, 128, 4),
-    (2, 16): (32, 128, 4), (2, 32): (64, 128, 4),
-}  # fmt: skip
-_WIDE = {(1, 16): (64, 128, 8)}  # for rotations that do not fit into the columns above
-_BACK = (128, 64, 4)  # for codes that are turned back: a warp has 32 rows side by side
-
-
-def _tile(src: _Source, block: tuple[int, int], rotation: int, signed: bool) -> dict[str, Any]:
-    """The constants that every kernel has for its tile of `src`, and the options of its launch."""
-    kind = src.read, block[1]
-    rows, columns, warps = _TILES[kind]
-    if columns < rotation:
-        rows, columns, warps = _WIDE[kind]
-    if src.turn[0] > 1:
-        rows, columns, warps = _BACK
-    return {
-        "R": max(rows, block[0]), "N": columns, "E": block[1], "ROT": rotation, "SIGNED": signed,
-        "W": 32 * block[1] // columns, **src.constants(), "num_warps": warps, "enable_fp_fusion": False,
-    }  # fmt: skip
-
-
-def _programs(shape: tuple[int, int], rows: int, columns: int) -> int:
-    """Tiles of a matrix."""
-    return -(-shape[0] // rows) * -(-shape[1] // columns)
-
-
-class _Amax(NamedTuple):
-    """A launch of `amax_kernel` for all matrices of one layout.
-
-    steps   tiles that a program looks through
-    """
-
-    form: Hashable
-    constants: dict[str, Any]
-    steps: int
-    run: Launch
-
-    @classmethod
-    def of(cls, src: _Source, columns: int, rotation: int, signed: bool) -> _Amax:
-        width = width_of_strip(src.shape[1])
-        form = ("amax", columns, rotation, signed, width, src.layout())
-        found = _AMAX.get(form)
-        if found is None:
-            constants = _tile(src, (1, columns), rotation, signed)
-            r, n = constants["R"], constants["N"]
-            steps = max(1, width // n)
-            even = src.shape[0] % r == 0 and src.shape[1] % (n * steps) == 0
-            constants = {**constants, "EVEN": even, "STEPS": steps}
-            run = Launch(amax_kernel, constants, (0,) if src.in_words else ())
-            found = _AMAX[form] = cls(form, constants, steps, run)
-        return found
-
-    def programs(self, shape: tuple[int, int]) -> int:
-        """How many look through a matrix."""
-        return _programs(shape, self.constants["R"], self.constants["N"] * self.steps)
-
-
-_AMAX: dict[Hashable, _Amax] = {}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Form:
-    """What is the same for all matrices of one layout under one spec.
-
-    scalars   the kernel's numerator and inverse_v
-    form      names the compiled kernel
-    """
-
-    spec: QuantSpec
-    form: Hashable
-    constants: dict[str, Any]
-    scalars: tuple[float, ...]
-    rotation: int
-    noisy: bool
-    amax: _Amax
-    run: Launch
-
-    @property
-    def light(self) -> bool:
-        """Whether memory, not arithmetic, bounds it."""
-        return self.constants["RULE"] == 0 and self.rotation <= (1 if self.noisy else 16)
-
-    @classmethod
-    def of(cls, src: _Source, spec: QuantSpec, want: Want, signed: bool) -> _Form:
-        form = (_number(spec), want.codes, want.carrier, signed, width_of_strip(src.shape[1]), src.layout())
-        found = _FORMS.get(form)
-        if found is None:
-            found = _FORMS[form] = cls._new(src, spec, want, signed, form)
-        return found
-
-    @classmethod
-    def _new(cls, src: _Source, spec: QuantSpec, want: Want, signed: bool, form: Hashable) -> _Form:
-        rule, rounding = spec.rule, spec.rounding
-        if want.carrier not in (None, torch.bfloat16):
-            raise ValueError(f"{spec.label()} has no carrier in {want.carrier}; ask for bf16")
-        rotation = spec.rotation.size if spec.rotation else 1
-        rows, cols = src.shape
-        carrier = want.carrier is not None
-        constants = {
-            "BR": spec.shape[0], "RULE": _stretches(rule),
-            "METRIC": {"mse": 0, "mae": 1, "absmax": 2}[getattr(rule, "metric", "mse")],
-            "ROUND": int(isinstance(rounding, Stochastic)),
-            "NONZERO": isinstance(rule, AbsMax) and rule.nonzero, "CODES": want.codes,
-            "CARRIER": carrier, **_tile(src, spec.shape, rotation, signed),
-        }  # fmt: skip
-        r, n = constants["R"], constants["N"]
-        v = target_max(E2M1.max, getattr(rule, "headroom", 1.0))
-        scalars = fp32(fp32(getattr(rule, "budget", 1.0)) * v), fp32(1.0 / v)
-        constants["EVEN"] = rows % r == 0 and cols % n == 0
-        if constants["RULE"] and want.codes and carrier:
-            constants["maxnreg"] = 128  # a few more, and a quarter fewer warps fit on a multiprocessor
-        words = (*((0,) if src.in_words else ()), *((10,) if want.codes else ()), *((12,) if carrier else ()))
-        return cls(
-            spec, ("quantize", form), constants, scalars, rotation, isinstance(rounding, Stochastic),
-            _Amax.of(src, spec.shape[1], rotation, signed), Launch(quantize_kernel, constants, words),
-        )  # fmt: skip
-
-
-_FORMS: dict[Hashable, _Form] = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -273,7 +138,7 @@ class _Setup:
     in_words, layout   of the memory: see `_Source`
     """
 
-    form: _Form
+    form: Form
     shape: tuple[int, int]
     stride: int
     root: float
@@ -314,11 +179,11 @@ class _Setup:
 
     @classmethod
     def _new(cls, src: _Source, spec: QuantSpec, want: Want) -> _Setup:
-        form, (rows, cols), device = _Form.of(src, spec, want, has_signs(spec.rotation)), src.shape, src.tensor.device
+        form, (rows, cols), device = Form.of(src, spec, want, has_signs(spec.rotation)), src.shape, src.tensor.device
         c, block = form.constants, spec.shape
         fresh = spec.rotation is not None and spec.rotation.signs == "fresh"
         return cls(
-            form, src.shape, src.stride, fp32(src.turn[0] ** -0.5), _programs(src.shape, c["R"], c["N"]),
+            form, src.shape, src.stride, fp32(src.turn[0] ** -0.5), programs_of(src.shape, c["R"], c["N"]),
             form.amax.programs(src.shape), None if fresh else sign_words(spec.rotation, None, device),
             None if form.noisy else place(None, rows, cols, 8, device), (rows, cols // 2) if c["CODES"] else None,
             (rows // block[0], cols // block[1]) if want.codes else None, (rows, cols) if c["CARRIER"] else None,
@@ -420,7 +285,7 @@ _TOLD = (*_BOTH[:3], "BR", "ROT", "SIGNED", "RULE", "METRIC", "ROUND", "NONZERO"
 
 
 class _Pair(NamedTuple):
-    """The launches for x [T, O] and x^T of one size under two specs; see `programs._of_pair`.
+    """The launches for x [T, O] and x^T of one size under two specs; see `chunks.of_pair`.
 
     amax    of one kernel that rotates either side
     both    in its place where x^T alone is rotated: `amaxes.LargestBoth`

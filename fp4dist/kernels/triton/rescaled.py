@@ -30,6 +30,7 @@ from fp4dist.kernels.triton.gemm import (
     _operand,
     _operands,
 )
+from fp4dist.kernels.triton.launch import integer, launch
 
 SEGMENT = 128  # columns between two multiplications of T
 _BLOCK = 1024  # of the kernel that makes ratios
@@ -41,8 +42,9 @@ def ratios_kernel(rows, down, right, ratios, R, filled, n, EACH: tl.constexpr, B
 
     EACH   segments under one factor: all but the first of them leave T as it is
     """
-    r = tl.program_id(0) * B + tl.arange(0, B)
-    segment = tl.program_id(1)
+    across = tl.cdiv(filled, B)
+    r = tl.program_id(0) % across * B + tl.arange(0, B)
+    segment = tl.program_id(0) // across
     part = segment // EACH
     own = tl.load(rows + r.to(tl.int64) * down + tl.minimum(part, n - 1) * right, mask=r < R, other=1.0)
     before = tl.load(rows + r.to(tl.int64) * down + tl.maximum(part - 1, 0) * right, mask=r < R, other=1.0)
@@ -89,15 +91,15 @@ def rescaled_kernel(
         total = tl.dot(x, w.T, total)
     factor = tl.load(scale_a) if HAS_A else 1.0
     factor = (factor * tl.load(scale_b) if HAS_B else factor) * inverse_rotation
+    if ROWS_A == 2:
+        total = total * of_a[:, None]
+    if ROWS_B == 2:
+        total = total * of_b[None, :]
     total = total * factor
     if ROWS_A == 1:
-        of_a = tl.load(ratios_a + r, mask=r < M, other=0.0)
+        total = total * tl.load(ratios_a + r, mask=r < M, other=0.0)[:, None]
     if ROWS_B == 1:
-        of_b = tl.load(ratios_b + c, mask=c < N, other=0.0)
-    if ROWS_A > 0:
-        total = total * of_a[:, None]
-    if ROWS_B > 0:
-        total = total * of_b[None, :]
+        total = total * tl.load(ratios_b + c, mask=c < N, other=0.0)[None, :]
     place, kept = out + r[:, None].to(tl.int64) * N + c[None, :], (r[:, None] < M) & (c[None, :] < N)
     if ADD:
         total = tl.load(place, mask=kept, other=0.0) + total
@@ -138,17 +140,24 @@ def gemm(
         overlapped.gemm(a_MK, b_NK, (next(filled), next(filled)), rotation, result, into is not None)
         return result
     described = _can_be_described(a) and _can_be_described(b)
-    tiling = tiling_of(a.device, described, min(m, n))
+    tiling = tiling_of(a.device, described)
     rows = min(_parts(a_MK), 2), min(_parts(b_NK), 2)
-    tiles = triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n)
-    rescaled_kernel[tiles,](
-        _operand(a, tiling.m, tiling.k, described), _operand(b, tiling.n, tiling.k, described), result,
-        a_MK.scale, b_NK.scale, 1.0 / rotation, ratios(a_MK), ratios(b_NK), m, n, k, a.stride(0), b.stride(0),
-        HAS_A=a_MK.scale is not None, HAS_B=b_NK.scale is not None, ROWS_A=rows[0], ROWS_B=rows[1],
-        ADD=into is not None, DESCRIPTORS=described, STEPS=SEGMENT // tiling.k, INTERPRETED=not a.is_cuda,
-        BM=tiling.m, BN=tiling.n, BK=tiling.k, GROUP=tiling.group,
-        num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=False,
+    sizes = m, n, k, a.stride(0), b.stride(0)
+    beside = a_MK.scale, b_NK.scale, 1.0 / rotation, ratios(a_MK), ratios(b_NK)
+    arguments = (
+        _operand(a, tiling.m, tiling.k, described), _operand(b, tiling.n, tiling.k, described), result, *beside, *sizes,
     )  # fmt: skip
+    constants = {
+        "HAS_A": a_MK.scale is not None, "HAS_B": b_NK.scale is not None, "ROWS_A": rows[0], "ROWS_B": rows[1],
+        "ADD": into is not None, "DESCRIPTORS": described, "STEPS": SEGMENT // tiling.k, "INTERPRETED": not a.is_cuda,
+        "BM": tiling.m, "BN": tiling.n, "BK": tiling.k, "GROUP": tiling.group, "num_warps": tiling.warps,
+        "num_stages": tiling.stages, "enable_fp_fusion": False,
+    }  # fmt: skip
+    form = (
+        "rescaled", a.device, result.dtype, *map(integer, sizes),
+        *(x.data_ptr() % 16 for x in (a, b, result, *beside) if isinstance(x, Tensor)), *constants.values(),
+    )  # fmt: skip
+    launch(rescaled_kernel, triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n), arguments, constants, form)
     return result
 
 
@@ -162,22 +171,23 @@ def ratios(side: Side, multiple: int = 1) -> Tensor | None:
     (count, parts), segments = rows.shape, side.values.shape[1] // SEGMENT
     filled = count + -count % multiple
     found = torch.empty((segments + 1, filled), device=rows.device)
-    ratios_kernel[triton.cdiv(filled, _BLOCK), segments + 1](
-        rows, rows.stride(0), rows.stride(1), found, count, filled, parts, EACH=segments // parts, B=_BLOCK,
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    sizes = count, filled, parts
+    arguments = rows, *rows.stride(), found, *sizes
+    constants = {"EACH": segments // parts, "B": _BLOCK, "num_warps": 4, "enable_fp_fusion": False}
+    form = "ratios", rows.device, rows.data_ptr() % 16, *map(integer, (*rows.stride(), *sizes)), segments // parts
+    launch(ratios_kernel, triton.cdiv(filled, _BLOCK) * (segments + 1), arguments, constants, form)
     return found
 
 
-def tiling_of(device: torch.device, described: bool, smallest: int) -> Tiling:
-    """Fixed for a class of shapes, as `gemm.tiling_of`; from instruction counts for an sm_90, not from measurements."""
+def tiling_of(device: torch.device, described: bool) -> Tiling:
+    """Fixed for a class of shapes, as `gemm.tiling_of`; measured on an H200: two programs of four warps share a
+    multiprocessor, and tensor cores work for one while the other multiplies its sum.
+    """
     if device.type != "cuda":
         return Tiling(64, 64, 64, 4, 1)  # the interpreter's
     if _capability(device)[0] < 9:
         return Tiling(128, 128, 32, 8, 3)
-    if not described or smallest <= 1024:
-        return Tiling(128, 128, 64, 8, 3)
-    return Tiling(128, 256, 64, 8, 4)
+    return Tiling(128, 128, 64, 4 if described else 8, 3)
 
 
 def _parts(side: Side) -> int:

@@ -10,6 +10,7 @@ parts of rows, all near 1, so that a GEMM may divide one by another (`Carrier.ne
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from fp4dist.kernels.triton import arithmetic as a
 from fp4dist.kernels.triton import lanes
 from fp4dist.kernels.triton import programs as p
 from fp4dist.kernels.triton.grid_programs import encode_outer
+from fp4dist.kernels.triton.launch import integer, launch
 from fp4dist.kernels.triton.noise import PLACE, place
 from fp4dist.kernels.triton.quantize import _Source
 from fp4dist.kernels.triton.signs import sign_words
@@ -78,11 +80,13 @@ def tile_kernel(
     CODES: tl.constexpr, CARRIER: tl.constexpr,
 ):  # fmt: skip
     """Codes (words of eight), E4M3 bytes and outer scales, or bf16 values (words of two) and factors [cols / N, rows],
-    or both, of the tile [R, N] of programs. READ 2: of codes that are in tiles as well.
+    or both, of the tile [R, N] of programs, which go down the rows first. READ 2: of codes that are in tiles as well.
     """
     G: tl.constexpr = R * N // E
     K: tl.constexpr = N // E  # blocks of an outer tile: it is as wide as the program
-    row, col = tl.program_id(0) * R, tl.program_id(1) * N
+    down = tl.cdiv(rows, R)
+    row, part = tl.program_id(0) % down * R, tl.program_id(0) // down
+    col = part * N
     if READ == 2:
         y = _decoded(x, stride, qscales, qouters, row, col, rows, cols, R, N, E, W, EVEN, N)
         y = p._rotated(y, signs, R, N, E, ROT, SIGNED)
@@ -96,14 +100,16 @@ def tile_kernel(
     r = tl.arange(0, R)
     across = cols // N
     if CODES:
-        tl.store(outers + (row.to(tl.int64) + r) * across + tl.program_id(1), decoder, mask=row + r < rows)
+        tl.store(outers + (row.to(tl.int64) + r) * across + part, decoder, mask=row + r < rows)
     power, factor = parted(decoder)
-    s_enc = tl.reshape(tl.broadcast_to(s_enc[:, None], (R, K)), (G,))
-    stored = a.encode_e4m3(found * (s_enc * inverse_v))
+    unit = tl.where(decoder == decoder, decoder, 1.0)  # 1 / s_enc
+    unit = tl.reshape(tl.broadcast_to(unit[:, None], (R, K)), (G,))
+    encoder = tl.reshape(tl.broadcast_to((s_enc * inverse_v)[:, None], (R, K)), (G,))
+    stored = a.encode_e4m3(found * encoder)
     if NONZERO:
         stored = tl.maximum(stored, 1)
     scale = a.decode_e4m3(stored)
-    multiplier = a.below(tl.div_rn(1.0, scale * tl.div_rn(1.0, s_enc)), a.FLT_MAX)
+    multiplier = a.below(tl.div_rn(1.0, scale * unit), a.FLT_MAX)
     u = a.at_most(tl.abs(y * multiplier[:, None]), 6.0)
     if NOISY:
         noise = p._thresholds(y, row, col, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E)
@@ -115,9 +121,16 @@ def tile_kernel(
         p._store_codes(words, codes, row, col, rows, cols, R, N, EVEN)
         p._store_scales(stored, scales, row, col, rows, cols, R, N, E, 1, EVEN)
     if CARRIER:
-        tl.store(factors + tl.program_id(1).to(tl.int64) * rows + row + r, factor, mask=row + r < rows)
+        tl.store(factors + part.to(tl.int64) * rows + row + r, factor, mask=row + r < rows)
         scale = scale * tl.reshape(tl.broadcast_to(power[:, None], (R, K)), (G,))
         p._store_carrier(level, y, scale, values, row, col, rows, cols, R, N, E, EVEN)
+
+
+@lru_cache(maxsize=16)
+def _one(device: torch.device) -> Tensor:
+    """[] fp32, the scale of all carriers, made by a copy that is complete when this returns."""
+    with torch.inference_mode(False):  # it outlives the pass
+        return torch.tensor(1.0, device=device)
 
 
 def takes(spec: QuantSpec, want: Want) -> bool:
@@ -158,19 +171,27 @@ def quantize(
     read, none = src.constants(), sign_words(None, None, device)
     beside = (source.scales, source.global_scale) if isinstance(source, BlockScaledTensor) else (none, none)
     noisy, (high, warps) = isinstance(spec.rounding, Stochastic), _PROGRAMS[src.read]
-    tile_kernel[-(-rows // high), cols // _TILE](
+    where = place(key if noisy else None, rows, cols, 8, device)
+    arguments = (
         src.tensor, src.stride, *beside, sign_words(spec.rotation, key, device),
         *(none if x is None else x for x in (codes, scales, values, outers, factors)), rows, cols,
-        fp32(fp32(spec.rule.budget) * v), fp32(1.0 / v), *place(key if noisy else None, rows, cols, 8, device),
-        R=high, N=_TILE, E=_BLOCK, ROT=rotation,
-        SIGNED=spec.rotation is not None and spec.rotation.signs != "none", READ=read["READ"], P=read["P"],
-        W=32 * _BLOCK // _TILE, EVEN=rows % high == 0, NOISY=noisy, NONZERO=spec.rule.nonzero,
-        CODES=want.codes, CARRIER=values is not None, num_warps=warps, enable_fp_fusion=False,
+        fp32(fp32(spec.rule.budget) * v), fp32(1.0 / v), *where,
     )  # fmt: skip
+    constants = {
+        "R": high, "N": _TILE, "E": _BLOCK, "ROT": rotation,
+        "SIGNED": spec.rotation is not None and spec.rotation.signs != "none", "READ": read["READ"], "P": read["P"],
+        "W": 32 * _BLOCK // _TILE, "EVEN": rows % high == 0, "NOISY": noisy, "NONZERO": spec.rule.nonzero,
+        "CODES": want.codes, "CARRIER": values is not None, "num_warps": warps, "enable_fp_fusion": False,
+    }  # fmt: skip
+    form = (
+        "tile", device, src.tensor.dtype, *(integer(n) for n in (src.stride, rows, cols)),
+        *(x.data_ptr() % 16 for x in (src.tensor, *beside, where[2])), *constants.values(),
+    )  # fmt: skip
+    launch(tile_kernel, -(-rows // high) * (cols // _TILE), arguments, constants, form)
     carrier = None
     if values is not None and factors is not None:
-        one = torch.ones((), device=device)
-        carrier = Carrier(values.view(torch.bfloat16), one, rotation, factors.t(), near=factors.shape[0] > 1)
+        near = factors.shape[0] > 1
+        carrier = Carrier(values.view(torch.bfloat16), _one(device), rotation, factors.t(), near=near)
     if codes is None or scales is None or outers is None:
         assert carrier is not None
         return carrier

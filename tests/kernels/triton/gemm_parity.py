@@ -179,6 +179,25 @@ def of_groups(device: torch.device) -> Iterator[str]:
                 yield f"group of {kind}: product {i}"
 
 
+def of_groups_that_round(device: torch.device) -> Iterator[str]:
+    """Operands in parts in one launch: the very bits of one product after the other. Others are multiplied alone."""
+    sizes = ((70, 256), (33, 256), (64, 384))
+    near = [
+        [
+            Carrier(normal(r, k, seed=r + k).to(BF16), torch.tensor(0.75), 1, 1 + torch.rand(r, k // 128), near=True)
+            for r in (m, 40)
+        ]
+        for m, k in sizes
+    ]
+    a, b = ([_moved(pair[i], device) for pair in near] for i in (0, 1))
+    sides = [[Side(x.values, x.scale, x.rows, x.near) for x in several] for several in (a, b)]  # type: ignore[union-attr]
+    if not grouped.is_wanted(*sides) or grouped.is_wanted(*([s._replace(rows=None) for s in some] for some in sides)):
+        yield "one launch for other products than those in parts"
+    for i, (one, x, w) in enumerate(zip(grouped_matmul(a, b), a, b, strict=True)):
+        if not torch.equal(one, matmul(x, w)):
+            yield f"product {i} of a group that rounds"
+
+
 def of_graphs(device: torch.device) -> Iterator[str]:
     """On a GPU: captured once, replayed on new operands, with `out` and with `into`."""
     if device.type != "cuda":
@@ -238,7 +257,9 @@ def _moved(x: Operand, device: torch.device | str) -> Operand:
     )  # fmt: skip
 
 
-CHECKS = (of_gemms, of_products, of_random_products, of_scaled_segments, of_groups, of_graphs)
+CHECKS = (
+    of_gemms, of_products, of_random_products, of_scaled_segments, of_groups, of_groups_that_round, of_graphs,
+)  # fmt: skip
 
 
 def main() -> int:

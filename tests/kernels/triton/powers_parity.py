@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -241,6 +242,65 @@ def of_held(device: torch.device) -> Iterator[str]:
                 found = requantize(made, specs()[name], place, want=want._replace(memory=memory))
                 expected = numerics.requantize(q, specs()[name], place)
                 yield from _wrong(f"{name} of {data} for {want.carrier}", expected, found)
+            if name == "ceil, noise":
+                expected = numerics.requantize(q, specs()[name], place)
+                found = requantize(made, specs()[name], place, want=Want(False, FP8[1], memory=memory))
+                yield from _unlike(f"{name} of {data}, values alone", expected, found)
+
+
+def of_values(device: torch.device) -> Iterator[str]:
+    """Values without codes, twice with one memory: of usual matrices at once, of all others when written again."""
+    forward = specs()["quest"]
+    rules = {"up": build(QuantSpec, {"format": "mxfp4", "scale": {"kind": "ceil", "of": "amax"}, "rotation": FRESH})}
+    rules |= {name: specs()[name] for name in ("floor", "ceil, noise")}
+    wanted = [Want(False, kind, memory=torch.zeros(MEMORY, dtype=torch.int32, device=device)) for kind in FP8]
+    for i, ((name, x), rule) in enumerate(product(_matrices().items(), rules)):
+        spec = rules[rule]
+        for want in wanted if device.type == "cuda" else wanted[i % 2 :][:1]:
+            expected = numerics.quantize(x, spec, WHOLE)
+            for number in range(2):
+                found = quantize(x.to(device), spec, WHOLE, want=want)
+                yield from _unlike(f"{rule} {name} {number}", expected, found)
+            if device.type != "cuda" and (name, rule) not in _OTHERWISE:
+                continue
+            turned = quantize(x.t().contiguous().to(device).t(), spec, WHOLE, want=want)
+            yield from _unlike(f"{rule} {name} turned", expected, turned)
+            q = numerics.quantize(x, forward, WHOLE)
+            here = replace(q, **{part: getattr(q, part).to(device) for part in ("codes", "scales", "global_scale")})
+            found = requantize(here, spec, WHOLE, want=want, back=(forward.rotation, WHOLE))
+            master = original(q, forward.rotation, WHOLE).t()
+            yield from _unlike(f"{rule} {name} codes", numerics.quantize(master, spec, WHOLE), found)
+
+
+_OTHERWISE = {("steps", "ceil, noise"), ("outliers", "floor")}  # what the interpreter does not read as rows alone
+
+
+def _matrices() -> dict[str, Tensor]:
+    """[32, 64] with zeros of either sign, values at the middle of two levels, outliers, tiny values, NaN and Inf."""
+    found = families(32, 64)
+    signs = torch.where(torch.arange(64) % 3 == 0, -1.0, 1.0)
+    matrices = {"outliers": found["outliers"], "zeros": torch.zeros(32, 64) * signs, "tiny": found["tiny"]}
+    matrices["steps"] = (torch.arange(32)[:, None] / 4 * signs).to(torch.bfloat16).float()
+    matrices["not finite"] = found["normal"]
+    matrices["not finite"][3, 5], matrices["not finite"][9, 40] = float("nan"), float("inf")
+    return matrices
+
+
+def _unlike(what: str, expected: BlockScaledTensor, found: BlockScaledTensor | Carrier) -> Iterator[str]:
+    """Whether values are not those of `expected`, as far as their type holds them."""
+    assert isinstance(found, Carrier)
+    parts = {part: getattr(expected, part).to(found.values.device) for part in ("codes", "scales", "global_scale")}
+    alone = to_carrier(replace(expected, **parts), found.values.dtype)
+    values, wanted = found.values.cpu(), alone.values.cpu()
+    if alone.lost is None or alone.lost.item() == 0:  # any shift that holds all
+        shift = torch.log2(found.scale.cpu().double() / alone.scale.cpu().double()).round()
+        shift = shift.nan_to_num(0.0, 0.0, 0.0)  # of zeros
+        values, wanted = values.double() * torch.exp2(shift), wanted.double()
+        wanted = wanted.where(~wanted.isnan(), 8e9)
+        values = values.where(~values.isnan(), 8e9)
+    same = torch.equal(values.view(torch.uint8), wanted.view(torch.uint8))
+    if not same:
+        yield f"{what} in {found.values.dtype}"
 
 
 def _wrong(what: str, expected: BlockScaledTensor, found: BlockScaledTensor | Carrier) -> Iterator[str]:
@@ -259,7 +319,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-CHECKS = (of_remembered, of_losses, of_spreads, of_forms, of_masks, of_turned, of_pairs, of_held)
+CHECKS = (of_remembered, of_losses, of_spreads, of_forms, of_masks, of_turned, of_pairs, of_held, of_values)
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from fp4dist import numerics
-from fp4dist.kernels.triton import eden, filters, noise, power_forms, powers, signs
+from fp4dist.kernels.triton import eden, filters, noise, power_forms, powers, quantize_forms, signs
 from fp4dist.kernels.triton import quantize as module
 from fp4dist.kernels.triton.launch import integer
 from fp4dist.numerics.tensor import BlockScaledTensor, Want
@@ -51,6 +51,9 @@ def specialization(source: Any) -> tuple[object, ...]:
     return tensor.dtype, tensor.data_ptr() % 16 == 0, *map(integer, rest)
 
 
+KEPT = ((quantize_forms, "_FORMS"), (quantize_forms, "_AMAX"), (power_forms, "_FORMS"))
+
+
 @pytest.mark.parametrize("data", SPECS, ids=str)
 def test_sources_of_one_form_share_its_constants(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     spec, want = build(QuantSpec, data), Want(codes=True, carrier=torch.bfloat16)
@@ -58,11 +61,11 @@ def test_sources_of_one_form_share_its_constants(data: dict[str, Any], monkeypat
     fitting = [s for s in sources() if s.shape[0] % block_rows == 0 and s.shape[1] % multiple == 0]
     assert len(fitting) > 50
     power = spec.format.scale.name == "e8m0"
-    shared: dict[tuple[Any, str], Any] = {(module, "_FORMS"): {}, (module, "_AMAX"): {}, (power_forms, "_FORMS"): {}}
+    shared: dict[tuple[Any, str], Any] = {(of, name): {} for of, name in KEPT}
     compiled: dict[object, object] = {}
 
     def form(source: Any) -> Any:
-        return power_forms.Form.of(source, spec, want, False) if power else module._Form.of(source, spec, want, False)
+        return (power_forms if power else quantize_forms).Form.of(source, spec, want, False)
 
     for source in [*fitting, *reversed(fitting)]:
         for place in shared:

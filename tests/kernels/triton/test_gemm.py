@@ -19,7 +19,9 @@ def test_the_interpreted_gemms_are_exact() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("what", ["gemms", "products", "random_products", "scaled_segments", "groups", "graphs"])
+@pytest.mark.parametrize(
+    "what", ["gemms", "products", "random_products", "scaled_segments", "groups", "groups_that_round", "graphs"]
+)
 def test_the_compiled_gemms_are_exact(what: str) -> None:
     from tests.kernels.triton import gemm_parity
 

@@ -25,15 +25,16 @@ def ratios(factors: Tensor, kind: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("shape", "programs", "kinds", "add"),
+    ("shape", "programs", "kinds", "add", "turns"),
     [
-        ((300, 520, 640), 2, (2, 2), False),  # tiles, rows and columns over; several tiles a program
-        ((130, 260, 256), 3, (2, 0), True),
-        ((256, 512, 128), 1, (1, 2), False),  # one segment a tile
+        ((300, 520, 640), 2, (2, 2), False, 1),  # tiles, rows and columns over; several tiles a program
+        ((300, 520, 384), 2, (0, 2), False, 2),
+        ((130, 260, 256), 3, (2, 0), True, 0),
+        ((256, 512, 128), 1, (1, 2), False, 2),  # one segment a tile
     ],
 )
 def test_a_slow_gpu_gives_the_exact_sums(
-    shape: tuple[int, int, int], programs: int, kinds: tuple[int, int], add: bool
+    shape: tuple[int, int, int], programs: int, kinds: tuple[int, int], add: bool, turns: int
 ) -> None:
     from tests.kernels.triton import rings
 
@@ -47,7 +48,7 @@ def test_a_slow_gpu_gives_the_exact_sums(
     exact = (a.double() * wide[0]) @ (b.double() * wide[1]).t()
     out = torch.full((m, n), 3.0, dtype=torch.float32 if add else torch.bfloat16)
     given = ratios(factors[0], kinds[0]), ratios(factors[1], kinds[1])
-    rings.run(a, b, out, (torch.tensor(0.5), torch.tensor(2.0)), given, kinds, programs, add)
+    rings.run(a, b, out, (torch.tensor(0.5), torch.tensor(2.0)), given, kinds, programs, add, turns)
     assert torch.equal(out, (exact + 3 * add).to(out.dtype))
 
 
@@ -56,23 +57,29 @@ def test_the_model_finds_what_a_gpu_would_do_wrong() -> None:
 
     model = rings.Model(0, 1)
     ring = model.allocate(None, [2, 4, 4], "blocks")
+    operands = ring.index(0), rings.Turned(ring.index(1))
     with pytest.raises(AssertionError, match="not arrived"):
-        model.multiply(ring.index(0), rings.Turned(ring.index(1)), torch.zeros(4, 4), use_acc=True, is_async=True)
+        model.multiply(*operands, torch.zeros(4, 4), is_async=True)
     for i in range(2):
         ring.index(i).data = torch.ones(4, 4)
-    flying = model.multiply(ring.index(0), rings.Turned(ring.index(1)), torch.zeros(4, 4), use_acc=True, is_async=True)
+    flying = model.multiply(*operands, torch.zeros(4, 4), is_async=True)
     barrier = rings.Barrier()
+    rings.init(barrier, 1)
     with pytest.raises(AssertionError, match="for ever"):
-        rings.wait(barrier, 0)
-    rings.expect(barrier, 32, True)
+        model.wait(barrier, 0)
+    model.expect(barrier, 32)
     source = type("Source", (), {"values": torch.ones(4, 4)})
     with pytest.raises(AssertionError, match="still reads"):
-        model.copy(source, [0, 0], barrier, ring.index(0), True)
+        model.copy(source, [0, 0], barrier, ring.index(0))
+    model.multiply(*operands, flying, is_async=True)
     with pytest.raises(AssertionError, match="still work on"):
-        model.multiply(ring.index(0), rings.Turned(ring.index(1)), flying, use_acc=True, is_async=True)
-    assert torch.equal(model.wait_for(0, [flying]), torch.full((4, 4), 4.0))
+        model.multiply(*operands, flying, is_async=True)
+    second = model.wait_for(1, [model.flying[0][1]])
+    assert torch.equal(model.wait_for(0, [second]), torch.full((4, 4), 8.0))
     with pytest.raises(AssertionError, match="another warp"):
-        model.copy(source, [0, 0], barrier, ring.index(0), True)
+        model.copy(source, [0, 0], barrier, ring.index(0))
+    with pytest.raises(AssertionError, match="for ever"):
+        model.warp_specialize([(lambda: model.wait(barrier, 0), ())], [], [])
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ def test_interpreted_values_do_not_depend_on_what_was_remembered() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("what", ["remembered", "losses", "masks", "turned", "held"])
+@pytest.mark.parametrize("what", ["remembered", "losses", "masks", "turned", "held", "pairs", "values"])
 def test_compiled_values_do_not_depend_on_what_was_remembered(what: str) -> None:
     from tests.kernels.triton import powers_parity
 
