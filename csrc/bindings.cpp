@@ -124,10 +124,14 @@ Job checked(const char* op, const Tensor& source, const Parts& p, at::IntArrayRe
   const bool powers = job.rule >= kFloor && job.rule <= kQuestNearest;
   TORCH_CHECK_VALUE(powers || (!p.kept && job.narrow == 0), "fp4dist::", op,
                     ": FP8 values and mask bits are of power-of-two scales, not of rule ", job.rule);
-  TORCH_CHECK_VALUE(job.narrow == 0 || ((job.narrow == kToE5M2 || job.narrow == kToE4M3) && p.codes && p.scales &&
-                                        p.values && p.top),
+  const bool to_fp8 = job.narrow == kToE5M2 || job.narrow == kToE4M3;
+  const bool small = job.rule == kCeil || (job.rule == kFloor && job.before < 0.875f);  // no element above 7 units
+  const bool alone = small && !p.codes && !p.scales && !p.kept;
+  TORCH_CHECK_VALUE(job.narrow == 0 || (p.top && ((to_fp8 && p.values && ((p.codes && p.scales) || alone)) ||
+                                                  (job.narrow == kMisfitsAlone && p.codes && p.scales && !p.values))),
                     "fp4dist::", op, ": FP8 values (narrow 2 or 3, not ", job.narrow,
-                    ") come with codes, scales and the slot's memory as top");
+                    ") come with the slot's memory as top, and with codes and scales unless the rule is ceil, or floor "
+                    "with headroom; narrow 4 has codes, scales and memory alone");
   check_part(op, "kept", p.kept, source, rows * cols / 8, 4);
   check_part(op, "values", p.values, source, rows * cols * (job.narrow ? 1 : 2), 16);
   check_part(op, "top", p.top, source, job.narrow ? 32 : 4, 4);

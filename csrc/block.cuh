@@ -142,6 +142,21 @@ __device__ __forceinline__ uint32_t power_byte(float found, const Job& job) {
   return static_cast<uint32_t>(byte);
 }
 
+// E2M1's grid times `unit`, a power of two: the level nearest to z, ties to even, with its sign. |z| < 7 units.
+// As e2m1_nearest_integer: adding 3 * 2^21 p rounds to p / 2, the step.
+__device__ __forceinline__ float scaled_nearest(float z, float unit) {
+  const float p = floats(bits(fmaxf(fabsf(z), unit)) & kInfinity);
+  return floats(with_sign(bits(fmaf(p, -6291456.0f, fmaf(p, 6291456.0f, z))), z));
+}
+
+// As e2m1_stochastic_integer on that grid: a in [0, 6 units], with the sign of `sign`; HALF of `noise` is its own.
+template <int HALF>
+__device__ __forceinline__ float scaled_stochastic(float a, float sign, float unit, uint32_t noise) {
+  const float one = a < unit ? unit : 0.0f;
+  const uint32_t sum = less_noise<HALF>(bits(add_up(a, one)), noise) + 0x003fffdfu;
+  return floats(with_sign(bits(floats(sum & 0xffc00000u) - one), sign));
+}
+
 // What multiplies an element before it is rounded, from an E4M3 scale in units of the tensor's.
 __device__ __forceinline__ float multiplier_of(float scale, float unit) {
   return below(__fdiv_rn(1.0f, scale * unit), kMaxFloat);

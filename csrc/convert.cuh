@@ -68,7 +68,7 @@ __host__ __device__ __forceinline__ uint32_t with_sign(uint32_t word, float x) {
 #endif
 }
 
-// a + b of a in [0, 6] and b of 0 or 1, rounded up.
+// a + b rounded up, of a in [0, 6 b] and b a power of two, or of b = 0.
 __host__ __device__ __forceinline__ float add_up(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fadd_ru(a, b);
@@ -309,20 +309,6 @@ __host__ __device__ __forceinline__ void fp8x8_values(uint32_t word, const Level
   }
 }
 
-// How many of eight codes are no multiple of the smallest FP8 number at 2^exponent.
-template <int MANTISSA>
-__host__ __device__ __forceinline__ uint32_t fp8_lost(uint32_t word, int exponent) {
-  const int below = Fp8<MANTISSA>::lowest - exponent;  // 1/2 is 2^-below of that number
-  if (below <= 0) return 0;
-  const uint32_t lost = below == 1 ? 0x0au : below == 2 ? 0x2eu : below == 3 ? 0xbeu : 0xfeu;  // by level
-  uint32_t found = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) found += (lost >> ((word >> (4 * i)) & 7u)) & 1u;
-  return found;
-}
-
-// ---- formats of research, by integer arithmetic everywhere --------------------------------------------------------
-
 // A binary float with subnormal numbers: MANTISSA bits, exponents REBIAS below those of fp32.
 // Non-negative fp32 -> its code: nearest even, saturating at `largest`; NaN -> nan.
 template <int MANTISSA, int REBIAS>
@@ -337,28 +323,46 @@ __host__ __device__ __forceinline__ uint32_t float_nearest(float x, float larges
   return x != x ? nan : (x < smallest_normal ? subnormal : normal);
 }
 
-// The code of a magnitude -> its value.
-template <int MANTISSA, int REBIAS>
-__host__ __device__ __forceinline__ float float_value(uint32_t code) {
-  return floats(code << (23 - MANTISSA)) * floats(static_cast<uint32_t>(127 + REBIAS) << 23);
+// Four fp32 that the FP8 type holds, or numbers next to them, -> their word, the first one lowest.
+template <int MANTISSA>
+__host__ __device__ __forceinline__ uint32_t fp8x4_nearest(const float* v) {
+#ifdef FP4DIST_E4M3_HARDWARE  // E5M2 came with it
+  uint32_t word;
+  if constexpr (MANTISSA == 2) {
+    asm("{\n\t.reg .b16 a, b;\n\tcvt.rn.satfinite.e5m2x2.f32 a, %2, %1;\n\t"
+        "cvt.rn.satfinite.e5m2x2.f32 b, %4, %3;\n\tmov.b32 %0, {a, b};\n\t}"
+        : "=r"(word)
+        : "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]));
+  } else {
+    asm("{\n\t.reg .b16 a, b;\n\tcvt.rn.satfinite.e4m3x2.f32 a, %2, %1;\n\t"
+        "cvt.rn.satfinite.e4m3x2.f32 b, %4, %3;\n\tmov.b32 %0, {a, b};\n\t}"
+        : "=r"(word)
+        : "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]));
+  }
+  return word;
+#else
+  constexpr float kLargest = MANTISSA == 2 ? 57344.0f : 448.0f;
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float a = fabsf(v[i]);
+    const uint32_t code = float_nearest<MANTISSA, MANTISSA == 2 ? 112 : 120>(a, kLargest, 0x7fu);
+    word |= (code | bits(v[i]) >> 31 << 7) << (8 * i);
+  }
+  return word;
+#endif
 }
 
-// UE5M3 scales: 61440 is code 0xf7, NaN 0xff.
-__host__ __device__ __forceinline__ uint32_t ue5m3_nearest(float x) {
-  return float_nearest<3, 112>(x, 61440.0f, 0xffu);
-}
-
-__host__ __device__ __forceinline__ float ue5m3_value(uint32_t code) {
-  return code == 0xffu ? not_a_number() : float_value<3, 112>(code);
-}
-
-// FP8 elements, by the bits of their mantissa (3: E4M3, 2: E5M2): magnitude -> index of its level; NaN -> the largest.
-__host__ __device__ __forceinline__ uint32_t fp8_nearest(float x, int mantissa) {
-  return mantissa == 3 ? float_nearest<3, 120>(x, 448.0f, 126u) : float_nearest<2, 112>(x, 57344.0f, 123u);
-}
-
-__host__ __device__ __forceinline__ float fp8_value(uint32_t index, int mantissa) {
-  return mantissa == 3 ? float_value<3, 120>(index) : float_value<2, 112>(index);
+// b less 64 times the half (0: low, 1: high) of `noise`.
+template <int HALF>
+__host__ __device__ __forceinline__ uint32_t less_noise(uint32_t b, uint32_t noise) {
+#ifdef __CUDA_ARCH__
+  uint32_t found;
+  asm("dp2a.lo.u32.s32 %0, %1, %2, %3;" : "=r"(found) : "r"(noise), "n"(HALF ? 0xc000 : 0xc0), "r"(b));
+  return found;
+#else
+  return b - 64u * (noise >> (16 * HALF) & 0xffffu);
+#endif
 }
 
 // Two fp32 -> the word of two bf16, the first one lowest: nearest even; a NaN stays one.

@@ -24,6 +24,18 @@ struct Common {
   uint32_t lost;
 };
 
+// How many of eight codes are no multiple of the smallest FP8 number at 2^exponent.
+template <int MANTISSA>
+__device__ __forceinline__ uint32_t fp8_lost(uint32_t word, int exponent) {
+  const int below = Fp8<MANTISSA>::lowest - exponent;  // 1/2 is 2^-below of that number
+  if (below <= 0) return 0;
+  const uint32_t lost = below == 1 ? 0x0au : below == 2 ? 0x2eu : below == 3 ? 0xbeu : 0xfeu;  // by level
+  uint32_t found = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) found += (lost >> ((word >> (4 * i)) & 7u)) & 1u;
+  return found;
+}
+
 // Eight codes under the scale `byte` -> a thread's part of the output, from element `to` on.
 template <int TO>
 __device__ __forceinline__ void store_eight(const Decode& job, uint32_t word, uint32_t byte, uint64_t to,

@@ -9,6 +9,9 @@ namespace fp4dist {
 
 enum Carrier : int32_t { kToFloat = 0, kToBFloat16 = 1, kToE5M2 = 2, kToE4M3 = 3 };
 
+// Job.narrow of a quantizer that follows one of FP8 values alone: codes and scales, of matrices that did not fit alone.
+constexpr int32_t kMisfitsAlone = 4;
+
 // E2M1 codes [rows, cols / 2 bytes] in memory, under one-byte scales of blocks [block_rows, block_cols].
 struct Codes {
   const uint8_t* codes;

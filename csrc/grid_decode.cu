@@ -1,5 +1,6 @@
 // Codes of any grid -> their values. See grid.h.
 #include "portable.cuh"
+#include "formats.cuh"
 #include "strips.cuh"
 
 namespace fp4dist {

@@ -20,6 +20,15 @@ __device__ __forceinline__ uint32_t quantize_row(const Job& job, const Whole& wh
     if (job.signs.mode != 0) flip(y, whole.signs >> (col % 32));
     butterflies<S::ROT>(y);
   }
+  if constexpr (S::RULE == kFloor) {
+    static_assert(S::W == L, "a block, or half of one, for each thread");
+    if (values_alone(job)) {
+      const Spot spot{row, col, inside};
+      const uint32_t byte = job.narrow == kToE5M2 ? quantize_values<2, S>(job, whole, spot, y)
+                                                  : quantize_values<3, S>(job, whole, spot, y);
+      return inside && byte != 255u ? byte : 0u;
+    }
+  }
   if constexpr (S::RULE == kMeasure) return inside ? bits(largest<L>(y)) : 0u;
   uint32_t words[L / 8];
   uint32_t top = 0;
@@ -56,11 +65,19 @@ __device__ __forceinline__ void raise(const Job& job, uint32_t top, int largest)
   if (job.narrow && static_cast<int>(top) > largest) job.memory[kMisfits] = 1;
 }
 
+// Whether codes are asked for only because values alone did not fit, and they did.
+template <class S>
+__device__ __forceinline__ bool needless(const Job& job) {
+  if constexpr (S::RULE == kFloor) return job.narrow == kMisfitsAlone && job.memory[kMisfits] == 0;
+  return false;
+}
+
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
 // Strips of L elements, in rows: BR > 1 puts the rows of a block side by side, so that lanes exchange over them.
 template <class S, bool WIDE>
 __global__ void __launch_bounds__(kThreads, S::kResident) rows_kernel(const __grid_constant__ Job job) {
+  if (needless<S>(job)) return;
   constexpr int L = S::L, BR = S::BR;
   constexpr uint32_t kEach = kThreads / BR;
   const uint32_t strips = static_cast<uint32_t>(job.cols) / L;
@@ -132,6 +149,7 @@ __device__ __forceinline__ void transposed_tile(const Job& job, const Whole& who
 template <class S, bool WIDE>
 __global__ void __launch_bounds__(kThreads, WIDE ? 2 : S::kResidentTurned)
     columns_kernel(const __grid_constant__ Job job) {
+  if (needless<S>(job)) return;
   FP4DIST_DYNAMIC_SHARED(memory);
   auto* tile = reinterpret_cast<uint4*>(memory);
   const int across = (job.rows + S::kColumns - 1) / S::kColumns;

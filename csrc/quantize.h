@@ -74,7 +74,8 @@ struct Job {
   uint32_t* kept;       // of power-of-two scales: [rows, cols / 32] words, a bit for each element that is not clipped
   float* global_scale;  // the tensor's decode scale, of rules with an amax
   int32_t swizzled;     // scales in 128 x 4 tiles as tcgen05 reads them, rows of a block repeated; else as above
-  int32_t narrow;       // of power-of-two scales: enum Carrier of FP8 `values` at the shift that `memory` says, or 0
+  int32_t narrow;       // of power-of-two scales: enum Carrier of FP8 `values` at the shift that `memory` says (without
+                        // codes: rule kCeil, or kFloor with `before` below 7/8), or kMisfitsAlone, or 0
 };
 
 // Fills the outputs of a job on `stream`; cudaErrorInvalidValue where the combination was not built (see `supported`).

@@ -196,13 +196,66 @@ __device__ __forceinline__ void round_block(const Job& job, const Whole& whole, 
   }
   if constexpr (S::kPowers) {
     if (spot.inside && job.kept) store_kept<S::W>(job.kept, at, kept);
-    if (job.narrow) {
+    if (job.narrow && job.values) {
       const int64_t to = spot.inside ? static_cast<int64_t>(at) : -1;
       const bool fits = job.narrow == 2 ? store_fp8<2, S::W / 8>(job.values, to, words, scale.byte, whole.largest)
                                         : store_fp8<3, S::W / 8>(job.values, to, words, scale.byte, whole.largest);
       if (!fits && spot.inside) job.memory[kMisfits] = 1;  // from any thread: all write the same
     }
   }
+}
+
+// Whether only a power-of-two quantizer's FP8 values are wanted: then they are rounded in the FP8 type's own units.
+__device__ __forceinline__ bool values_alone(const Job& job) { return job.narrow && !job.codes; }
+
+// The smallest scale byte under which no arithmetic on an element that counts is subnormal.
+constexpr uint32_t kUsual = 30;
+
+// FP8 values of a thread's part y of a block as by codes, which are not made, and its byte. All is exact but one
+// product and the rounding to the grid; memory hears of blocks where it may not be, or of which something is lost.
+template <int MANTISSA, class S>
+__device__ __forceinline__ uint32_t quantize_values(const Job& job, const Whole& whole, const Spot& spot,
+                                                    const float* y) {
+  using F = Fp8<MANTISSA>;
+  float amax = largest_of_rows<S::BR>(largest<S::W>(y));
+  if constexpr (S::W < S::E) amax = max_magnitude(amax, __shfl_xor_sync(kWarp, amax, 1));
+  const uint32_t byte = power_byte(amax, job);
+  const int exponent = static_cast<int>(byte) - whole.largest + F::highest, top = F::highest + 254 - whole.largest;
+  const bool fits = amax == 0.0f || (bits(amax) < kInfinity && byte >= kUsual && exponent >= F::lowest);
+  const float unit = floats(static_cast<uint32_t>((exponent < F::lowest ? F::lowest : exponent) + 127) << 23);
+  const float factor = floats(static_cast<uint32_t>(top < 240 ? top : 240) << 23) * job.before;
+  uint4 out[S::W / 16];
+#pragma unroll
+  for (int g = 0; g < S::W / 8; ++g) {
+    Words noise{};
+    if constexpr (S::NOISY) noise = noise_of_eight(job, whole.now, spot.row, spot.col + 8 * g);
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const float* z = y + 8 * g + i;
+      if constexpr (S::NOISY) {
+        v[i] = scaled_stochastic<0>(fabsf(z[0]) * factor, z[0], unit, noise.w[i / 2]);
+        v[i + 1] = scaled_stochastic<1>(fabsf(z[1]) * factor, z[1], unit, noise.w[i / 2]);
+      } else {
+        v[i] = scaled_nearest(z[0] * factor, unit);
+        v[i + 1] = scaled_nearest(z[1] * factor, unit);
+      }
+    }
+    const uint32_t low = fp8x4_nearest<MANTISSA>(v), high = fp8x4_nearest<MANTISSA>(v + 4);
+    if (g % 2 == 0) {
+      out[g / 2].x = low, out[g / 2].y = high;
+    } else {
+      out[g / 2].z = low, out[g / 2].w = high;
+    }
+  }
+  const int64_t at = spot.inside ? static_cast<int64_t>(element_at(job, spot.row, spot.col)) : -1;
+  if constexpr (S::W == 16) {
+    if (at >= 0) reinterpret_cast<uint4*>(job.values)[at / 16] = out[0];
+  } else {
+    store_paired(job.values, at, out);
+  }
+  if (!fits && spot.inside) job.memory[kMisfits] = 1;  // from any thread: all write the same
+  return byte;
 }
 
 // Code words of a block under a scale, and the error of their values over the whole block.

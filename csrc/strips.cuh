@@ -2,6 +2,7 @@
 // specialised ones know when they are compiled is asked of the job here.
 #pragma once
 
+#include "formats.cuh"
 #include "grid.h"
 #include "round.cuh"
 

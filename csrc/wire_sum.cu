@@ -5,37 +5,40 @@ namespace fp4dist {
 namespace {
 
 // table: where the elements of each record go in out, how many they are, where they are in x, the record's place.
-template <int KIND, int L>
-__global__ void __launch_bounds__(L == 16 ? 256 : kWireThreads, L == 16 ? 4 : 1)
+template <int KIND, int L, bool TURNED>
+__global__ void __launch_bounds__(L == 16 ? 256 : kWireThreads, L == 32 ? 1 : KIND == kWireFp8 && TURNED ? 3 : 4)
     sum_kernel(const __grid_constant__ WireJob job) {
   __shared__ uint32_t parts[2 * kWireWarps];
+  __shared__ uint4 rooms[(L == 16 ? 8 : kWireWarps) * kWarpRoom];
   Meeting meeting{parts, 0};
-  Arrivals<KIND, L> arrivals(job);
-  for (int64_t i = blockIdx.x; i < job.number; i += gridDim.x) {
-    const int64_t* row = job.table + 4 * i;
-    const int count = static_cast<int>(row[1] * job.unit), at = static_cast<int>(threadIdx.x) * L;
-    int64_t next_at = 0;  // of what the next sum adds: on its way to a cache from here on
-    int next_count = 0;
-    if (job.x.data && i + gridDim.x < job.number) {
-      const int64_t* next = row + 4 * static_cast<int64_t>(gridDim.x);
-      next_at = next[2] * job.unit;
-      next_count = static_cast<int>(next[1] * job.unit);
-    }
-    float y[L];
-    sum_records<KIND, L>(job, arrivals, row[3], static_cast<uint32_t>(count), meeting, y);
-    if (job.x.data) {
-      add_run(job.x, row[2] * job.unit + at, count - at, y);
-      fetch_run_ahead<L>(job.x, next_at + at, next_count - at);
-    }
+  const auto each = [&](const auto& sum) {
+    for (int64_t i = blockIdx.x; i < job.number; i += gridDim.x) {
+      const int64_t* row = job.table + 4 * i;
+      const int count = static_cast<int>(row[1] * job.unit), at = static_cast<int>(threadIdx.x) * L;
+      float y[L];
+      sum(row[3], static_cast<uint32_t>(count), y);
+      if (job.x.data) add_run(job.x, row[2] * job.unit + at, count - at, y);
 #pragma unroll
-    for (int j = 0; j < L; ++j) y[j] = y[j] * job.factor;
-    write_run(job.out, row[0] * job.unit + at, count - at, y);
+      for (int j = 0; j < L; ++j) y[j] = y[j] * job.factor;
+      write_run(job.out, row[0] * job.unit + at, count - at, y, rooms + threadIdx.x / 32 * kWarpRoom);
+    }
+  };
+  if constexpr (TURNED) {
+    Arrivals<KIND, L> arrivals(job);
+    each([&](int64_t position, uint32_t count, float(&y)[L]) {
+      sum_records<KIND, L>(job, arrivals, position, count, meeting, y);
+    });
+  } else {
+    each([&](int64_t position, uint32_t count, float(&y)[L]) {
+      add_records<KIND, L>(job, position, count, meeting, y);
+    });
   }
 }
 
 // table: where elements go in out, how many they are, where they are in own, where in a sender's message.
 __global__ void __launch_bounds__(256) plain_kernel(const __grid_constant__ PlainJob job) {
   constexpr int L = kPlainRun / 256;
+  __shared__ uint4 rooms[8 * kWarpRoom];
   const int64_t* row = job.table + 4 * static_cast<int64_t>(blockIdx.x);
   const int at = static_cast<int>(threadIdx.x) * L, left = static_cast<int>(row[1] * job.unit) - at;
   float y[L], z[L];
@@ -53,14 +56,16 @@ __global__ void __launch_bounds__(256) plain_kernel(const __grid_constant__ Plai
   if (job.own.data && job.own_at >= job.senders) add(job.own, row[2] * job.unit + at);
 #pragma unroll
   for (int j = 0; j < L; ++j) y[j] = y[j] * job.factor;
-  write_run(job.out, row[0] * job.unit + at, left, y);
+  write_run(job.out, row[0] * job.unit + at, left, y, rooms + threadIdx.x / 32 * kWarpRoom);
 }
 
 template <int KIND>
 cudaError_t launch(const WireJob& job, cudaStream_t stream) {
-  const int resident = 1024 / (job.chunk / wire_run(job.chunk));  // what the registers leave room for
-  if (wire_run(job.chunk) == 16) return launch_wire(&sum_kernel<KIND, 16>, job, stream, resident);
-  return launch_wire(&sum_kernel<KIND, 32>, job, stream, resident / 2);
+  const bool turned = job.rotation > 1;
+  if (wire_run(job.chunk) == 16) {
+    return launch_wire(turned ? &sum_kernel<KIND, 16, true> : &sum_kernel<KIND, 16, false>, job, stream);
+  }
+  return launch_wire(turned ? &sum_kernel<KIND, 32, true> : &sum_kernel<KIND, 32, false>, job, stream);
 }
 
 }  // namespace

@@ -119,4 +119,27 @@ __device__ __forceinline__ void sum_records(const WireJob& job, Arrivals<KIND, L
   }
 }
 
+// The same of records that are not rotated, without looking beyond this sum.
+template <int KIND, int L>
+__device__ __forceinline__ void add_records(const WireJob& job, int64_t position, uint32_t count, Meeting& meeting,
+                                            float (&y)[L]) {
+  constexpr bool kAhead = L == 16;  // long runs leave no registers for another record
+  const uint8_t* from = job.sources + position * Wire<KIND, L>::size(job.chunk);
+  Incoming<KIND, L> next;
+  if (kAhead) next.read(from, job.chunk);
+#pragma unroll
+  for (int i = 0; i < L; ++i) y[i] = -0.0f;  // to which x is added without a change
+#pragma unroll 1
+  for (int s = 0; s < job.senders; ++s, from += job.source_bytes) {
+    if (!kAhead) next.read(from, job.chunk);
+    const Incoming<KIND, L> record = next;
+    if (kAhead && s + 1 < job.senders) next.read(from + job.source_bytes, job.chunk);
+    check(job, record, static_cast<uint32_t>(s * job.all_records + position), count, meeting);
+    float z[L];
+    record.wire.values(floats(record.header[2]), z);
+#pragma unroll
+    for (int i = 0; i < L; ++i) y[i] = y[i] + z[i];
+  }
+}
+
 }  // namespace fp4dist

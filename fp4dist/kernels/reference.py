@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fp4dist.kernels.registry import kernel
 from fp4dist.numerics import dequantize, matmul, quantize, requantize
-from fp4dist.numerics.estimators import filter_by_mask, filter_by_scales, mask
+from fp4dist.numerics.estimators import filter_by_mask, filter_by_scales, mask, slope
 from fp4dist.numerics.matmul import Operand
 from fp4dist.numerics.quantize import original
+from fp4dist.numerics.splits import decompose
 
 for _op, _fn in (("quantize", quantize), ("requantize", requantize), ("dequantize", dequantize), ("matmul", matmul)):
     kernel(_op, backend="reference")(_fn)  # type: ignore[arg-type]
@@ -19,7 +20,9 @@ for _op, _fn in (("quantize", quantize), ("requantize", requantize), ("dequantiz
 kernel("mask", backend="reference")(mask)
 kernel("filter_by_mask", backend="reference")(filter_by_mask)
 kernel("filter_by_scales", backend="reference")(filter_by_scales)
+kernel("slope", backend="reference")(slope)
 kernel("original", backend="reference")(original)
+kernel("decompose", backend="reference")(decompose)
 
 
 @kernel("grouped_matmul", backend="reference")

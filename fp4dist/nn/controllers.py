@@ -35,6 +35,7 @@ from fp4dist.spec.statistics import Current, GradScale, Hindsight, Hold, Learned
 
 _LARGEST_POWER = 2.0**100  # GradScale's S stays within 1 / this and this: a tensor of zeros must not double it to Inf
 _BETA1, _BETA2 = 0.9, 0.999  # of the AdamW that trains a learned amax, without decay
+_TOGETHER = 16  # columns: what tensor cores contract at once, in types of two bytes
 StateDict = dict[str, Any]
 
 
@@ -50,6 +51,7 @@ class SlotControl:
     ) -> None:
         self.recording, self._muted = True, False
         self._held, self._choice, self._columns, self._unit = held, choice, columns, unit
+        self._index: tuple[Tensor, Tensor] | None = None  # of which choice, and its numbers
 
     def muted(self) -> SlotControl:
         """The same state, read only: for passes that must leave no trace."""
@@ -67,6 +69,21 @@ class SlotControl:
         if self._choice is None or self._choice.chosen is None:
             return None
         return self._choice.chosen if self._columns is None else self._choice.chosen[self._columns]
+
+    @property
+    def chosen_index(self) -> Tensor | None:
+        """[k] int64: the numbers of `channels`, ascending, with as many others as make k a multiple that GEMMs like.
+
+        Waits for the device once after each choice.
+        """
+        channels = self.channels
+        if channels is None or self._choice is None or self._choice.chosen is None:
+            return None
+        if self._index is None or self._index[0] is not self._choice.chosen:
+            number = min(max(-(-int(channels.sum()) // _TOGETHER), 1) * _TOGETHER, len(channels))
+            first = channels.to(torch.int8).argsort(descending=True, stable=True)[:number]
+            self._index = self._choice.chosen, first.sort().values
+        return self._index[1]
 
     def through(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import LinearComm
-from fp4dist.nn.passing import FILTER_W, FILTER_W_BITS, FILTER_X, MASK_X
+from fp4dist.nn.passing import FILTER_W, FILTER_W_BITS, FILTER_X, MASK_X, SLOPES
 from fp4dist.nn.plan import LinearPlan, Operand
 from fp4dist.numerics.estimators import amax_direction, inside, pack_bits, rows, scaled, slope, unpack_bits
 from fp4dist.numerics.rotation import filtered, rotate
@@ -48,7 +48,7 @@ def keep_x(plan: LinearPlan, comm: LinearComm, x: Tensor, operand: Operand) -> l
         x_TI = _without(x_TI, _channels(plan))
     u = scaled(x_TI, main.scales, main.global_scale, spec, key)
     beside = side != 0 if side is not None and not isinstance(spec.outlier, Channels | HotResidual) else None
-    factor = _factor(u, spec, beside)
+    factor = _factor(plan, "fprop.x", u, spec, beside)
     if isinstance(spec.estimator, Dge):
         return [factor.to(x.dtype)]
     return [pack_bits(factor), *([amax_direction(u, main).to(x.dtype)] if isinstance(spec.estimator, Lsq) else [])]
@@ -128,13 +128,13 @@ def pass_w(
         q = BlockScaledTensor(kept[2], kept[0], kept[1], spec.format, (u.shape[0], u.shape[1]), size)
         _train_amax(plan, "fprop.w", spec, dw, amax_direction(u, q))
     beside = unpack_bits(kept[2], u.shape[1]) if len(kept) == 3 and spec.outlier is not None else None
-    return _passed(plan, "fprop.w", spec, dw, _factor(u, spec, beside), chosen).to(dw.dtype)
+    return _passed(plan, "fprop.w", spec, dw, _factor(plan, "fprop.w", u, spec, beside), chosen).to(dw.dtype)
 
 
-def _factor(u: Tensor, spec: QuantSpec, beside: Tensor | None) -> Tensor:
+def _factor(plan: LinearPlan, slot: str, u: Tensor, spec: QuantSpec, beside: Tensor | None) -> Tensor:
     """[R, C] bool for a mask, fp32 for a slope; full where `beside` says that an element stands beside the codes."""
     if isinstance(spec.estimator, Dge):
-        found = slope(u, spec.format.element, spec.estimator)
+        found = plan.kernels.get(SLOPES[slot], slope)(u, spec.format.element, spec.estimator)
         return found if beside is None else torch.where(beside, 1.0, found)
     mask = inside(u, spec.format.element)
     return mask if beside is None else mask | beside

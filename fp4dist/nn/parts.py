@@ -8,6 +8,7 @@ hot_residual               fprop.x's rounding error in the chosen channels meets
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from fp4dist.nn.comm import SLOT_DIMS
 from fp4dist.nn.controllers import chosen_columns
 from fp4dist.numerics.splits import Parts, Place, beyond, decompose, hot_residual, in_precision, take_channels
-from fp4dist.numerics.tensor import BlockScaledTensor
+from fp4dist.numerics.tensor import BlockScaledTensor, Chosen
 from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe, QuantSpec
 from fp4dist.spec.splits import Channels, HotResidual, LowRank, Mean, Occ, TopK
 
@@ -73,37 +74,59 @@ def channel_dim(slot: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """One operand while it is quantized: its rest, what stands beside the codes, and what its partner meets."""
+    """One operand while it is quantized: its rest, what stands beside the codes, what its partner meets, and where."""
 
     parts: Parts
     partner: Tensor | None
     residual: bool
+    chosen: Chosen | None = None
 
     def beside(self, main: BlockScaledTensor, spec: QuantSpec, dtype: torch.dtype, place: Place) -> Tensor | None:
         """[R, C] the side, with the rounding error of `main` in the chosen channels where the spec asks for it."""
         if not self.residual:
             return self.parts.side
         error = hot_residual(self.parts.rest, main, spec, dtype, place)
-        return error if self.parts.side is None else self.parts.side + error
+        return error if self.parts.side is None else self.parts.side.to(torch.float32) + error
 
 
 @torch.no_grad()
-def take_out(slot: str, x: Tensor, spec: QuantSpec, recipe: LinearRecipe, place: Place) -> Taken:
-    """Take out of the slot's operand [R, C] what its spec and the other operand's choice of channels name."""
+def take_out(
+    slot: str, x: Tensor, spec: QuantSpec, recipe: LinearRecipe, place: Place,
+    decompose: Callable[[Tensor, QuantSpec, Place], Parts] = decompose,
+) -> Taken:  # fmt: skip
+    """Take out of the slot's operand [R, C] what its spec and the other operand's choice of channels name.
+
+    decompose   a kernel of that operation
+    """
     chooser, chosen = _chooser(recipe, slot), place.chosen
     partner, inherited = None, None
     if chosen is not None and isinstance(chooser, Channels):
         if slot == "fprop.w":
             taken = take_channels(x, chooser.precision, place)
-            x, inherited = taken.rest.to(x.dtype), taken.side
+            x, inherited = taken.rest, taken.side
         else:
-            partner = in_precision(x.to(torch.float32), chooser.precision, x.dtype, place)
+            partner = in_precision(x, chooser.precision, x.dtype, place)
     elif chosen is not None and isinstance(chooser, HotResidual):
-        partner = torch.where(chosen, x, 0.0).to(torch.float32)
+        partner = torch.where(chosen, x, 0.0)
     parts = decompose(x, spec, place)
     if inherited is not None:
-        parts = Parts(parts.rest, inherited if parts.side is None else parts.side + inherited)
-    return Taken(parts, partner, isinstance(spec.outlier, HotResidual) and chosen is not None)
+        parts = Parts(parts.rest, inherited if parts.side is None else parts.side.to(torch.float32) + inherited)
+    return Taken(
+        parts, partner, isinstance(spec.outlier, HotResidual) and chosen is not None, _where(slot, spec, chooser, place)
+    )
+
+
+def _where(slot: str, spec: QuantSpec, chooser: Channels | HotResidual | None, place: Place) -> Chosen | None:
+    """The chosen channels, where nothing else is taken out of an operand that has them."""
+    alone = (
+        "I" in SLOT_DIMS[slot]
+        and spec.split is None
+        and (spec.outlier is None or isinstance(spec.outlier, Channels | HotResidual))
+    )
+    if place.index is None or not alone:
+        return None
+    moved = isinstance(spec.outlier, Channels) or (spec.outlier is None and isinstance(chooser, Channels))
+    return Chosen(place.index, place.channel_dim, moved and 0.0 in spec.format.element.levels)
 
 
 class Cost(NamedTuple):

@@ -1,7 +1,7 @@
 """Kernels that a linear can do without, where a backend has them: torch has the same bits in many passes over memory.
 
-Gradients through quantizers with a trust mask (the slopes of `dge`, `lsq` and operands in parts run in torch), and
-forward codes turned back from their rotated basis.
+Gradients through quantizers with a trust mask (`lsq` and operands in parts run in torch), slopes of `dge`, forward
+codes turned back from their rotated basis, and what is taken out of an operand.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ import torch
 from fp4dist.kernels.registry import Backend, Kernel, Op, Request, auto_order, companion
 from fp4dist.nn.carry import FORWARD_OF
 from fp4dist.nn.parts import parted_slots
-from fp4dist.spec.recipe import LinearRecipe
+from fp4dist.numerics.splits import bare
+from fp4dist.spec.operand import QuantSpec
+from fp4dist.spec.recipe import SLOTS, LinearRecipe
 from fp4dist.spec.run import BackendConfig
 
 # Names in `LinearPlan.kernels`. ORIGINAL: of the backward slot that starts from forward codes.
 MASK_X, FILTER_X, FILTER_W = "fprop.x:mask", "fprop.x:filter", "fprop.w:filter"
+SLOPES = {"fprop.x": "fprop.x:slope", "fprop.w": "fprop.w:slope"}
 FILTER_W_BITS = "fprop.w:bits"
 ORIGINAL = {"dgrad.w": "dgrad.w:original", "wgrad.x": "wgrad.x:original"}
+PARTS = {slot: f"{slot}:parts" for slot in SLOTS}
+_IN_TORCH: tuple[Op, ...] = ("decompose", "slope")
 # Name -> the slot whose codes it is about, and the operation.
 _OPERATIONS: dict[str, tuple[str, Op]] = {
     MASK_X: ("fprop.x", "mask"),
@@ -26,6 +31,8 @@ _OPERATIONS: dict[str, tuple[str, Op]] = {
     FILTER_W_BITS: ("fprop.w", "filter_by_mask"),
     ORIGINAL["dgrad.w"]: ("fprop.w", "original"),
     ORIGINAL["wgrad.x"]: ("fprop.x", "original"),
+    **{name: (slot, "slope") for slot, name in SLOPES.items()},
+    **{name: (slot, "decompose") for slot, name in PARTS.items()},
 }
 
 
@@ -39,11 +46,20 @@ def passing_kernels(recipe: LinearRecipe, device: torch.device, config: BackendC
         spec = recipe.slot(slot)
         if spec is None or name in unused:
             continue
-        kernels = (companion(Request(op, spec, device), backend) for backend in backends)
+        kernels = (companion(Request(op, spec, device), backend) for backend in _candidates(op, spec, device, backends))
         kernel = next((kernel for kernel in kernels if kernel is not None), None)
         if kernel is not None:
             found[name] = kernel
     return found
+
+
+def _candidates(op: Op, spec: QuantSpec, device: torch.device, backends: list[Backend]) -> list[Backend]:
+    """`backends`; for what csrc leaves to torch, the one that makes the codes: kernels come from one place."""
+    if op not in _IN_TORCH:
+        return backends
+    request = Request("quantize", bare(spec), device)
+    found: list[Backend] = [b for b in backends if companion(request, b) is not None]
+    return found[:1]
 
 
 def _needs_original(recipe: LinearRecipe, slot: str) -> bool:

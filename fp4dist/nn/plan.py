@@ -22,11 +22,11 @@ from fp4dist.nn.comm import LinearComm, place
 from fp4dist.nn.controllers import SlotControl
 from fp4dist.nn.filling import FORWARD, token_multiple
 from fp4dist.nn.parts import channel_dim, chosen_later, cost, parted_slots, take_out, token_dim
-from fp4dist.nn.passing import ORIGINAL, passing_kernels
+from fp4dist.nn.passing import ORIGINAL, PARTS, passing_kernels
 from fp4dist.numerics.handed import handed
 from fp4dist.numerics.matmul import Operand
 from fp4dist.numerics.quantize import ReduceMax, original
-from fp4dist.numerics.splits import Place, assemble, bare
+from fp4dist.numerics.splits import Place, assemble, bare, decompose
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, PartedTensor, Quantized, Want
 from fp4dist.spec.blocks import Ema, Hadamard
 from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe, QuantSpec
@@ -482,13 +482,16 @@ class LinearPlan:
         """`x` [R, C] as codes and what stands beside them. toward: of ema rounding; what is taken out leaves it."""
         control = self.controls.get("fprop.x")
         channels = control.channels if control is not None else None
-        where = Place(key, reduce_max, token_dim(slot), self.filled, channels, channel_dim(slot))
-        taken, codes_spec = take_out(slot, x, spec, self.recipe, where), bare(spec)
+        index = control.chosen_index if control is not None else None
+        where = Place(key, reduce_max, token_dim(slot), self.filled, channels, channel_dim(slot), index)
+        taken = take_out(slot, x, spec, self.recipe, where, self.kernels.get(PARTS[slot], decompose))
+        codes_spec = bare(spec)
         rest = taken.parts.rest
         if isinstance(toward, Tensor):
             toward = torch.where(rest == x, toward, rest)
         main = self._codes(slot, codes_spec, rest, key, reduce_max, **_given(toward=toward))
-        return assemble(main, taken.beside(main, codes_spec, x.dtype, where), taken.partner, codes_spec, key)
+        side = taken.beside(main, codes_spec, x.dtype, where)
+        return assemble(main, side, taken.partner, codes_spec, key, taken.chosen)
 
 
 def gemm_kind(recipe: LinearRecipe, gemm: str) -> str:

@@ -12,7 +12,7 @@ from fp4dist.numerics.codes import decode_stored
 from fp4dist.numerics.grouping import spread
 from fp4dist.numerics.quantize import carrier
 from fp4dist.numerics.scales import divide, fp32
-from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, PartedTensor, Quantized
+from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, Chosen, PartedTensor, Quantized
 
 Single = BlockScaledTensor | Carrier | Tensor  # an operand without parts
 Operand = Quantized | Carrier | Tensor
@@ -78,12 +78,13 @@ class OperandParts(NamedTuple):
     main: Single
     side: Tensor | None
     partner: Tensor | None
+    chosen: Chosen | None = None  # which a backend may use; products are the same without
 
     @classmethod
     def of(cls, operand: Operand) -> OperandParts:
         """A plain or quantized operand has its main part alone."""
         if isinstance(operand, PartedTensor):
-            return cls(operand.main, operand.side, operand.partner)
+            return cls(operand.main, operand.side, operand.partner, operand.chosen)
         return cls(operand, None, None)
 
     def met_by(self, left: OperandParts) -> Tensor:

@@ -23,7 +23,7 @@ from fp4dist.numerics.grouping import ReduceMax, chunk_of, merge, tree_sum
 from fp4dist.numerics.quantize import dequantize, original, quantize
 from fp4dist.numerics.rotation import rotate
 from fp4dist.numerics.scales import divide
-from fp4dist.numerics.tensor import BlockScaledTensor, Key, PartedTensor, Quantized, Stream
+from fp4dist.numerics.tensor import BlockScaledTensor, Chosen, Key, PartedTensor, Quantized, Stream
 from fp4dist.spec.blocks import Ceil, Stochastic
 from fp4dist.spec.estimators import Straight
 from fp4dist.spec.formats import FP8_E4M3_TENSOR, MXFP8
@@ -44,6 +44,7 @@ class Place:
     token_dim    0 or 1: the dimension of the tokens; None: it has none
     filled       zero tokens at the end that only fill up a block: they count in no mean and no quantile
     channels     bool: the chosen input channels, along dimension `channel_dim`; None while there are none
+    index        [k] int64: their numbers, and perhaps some more; None: not known
     """
 
     key: Key | None = None
@@ -52,6 +53,7 @@ class Place:
     filled: int = 0
     channels: Tensor | None = None
     channel_dim: int = 1
+    index: Tensor | None = None
 
     @property
     def chosen(self) -> Tensor | None:
@@ -60,7 +62,9 @@ class Place:
 
 
 class Parts(NamedTuple):
-    """rest [R, C] fp32 (or in x's dtype, where it is x), to be quantized, and what stands beside it; None: nothing."""
+    """rest [R, C] fp32 (or in x's dtype, where that holds it), to be quantized, and what stands beside it, likewise;
+    None: nothing.
+    """
 
     rest: Tensor
     side: Tensor | None
@@ -80,7 +84,8 @@ def decompose(x_RC: Tensor, spec: QuantSpec, place: Place) -> Parts:
     waits = channels or isinstance(spec.outlier, HotResidual)
     if spec.split is None and (spec.outlier is None or waits):  # nothing yet: x need not be copied
         return Parts(x_RC, None)
-    parts = Parts(x_RC.to(torch.float32), None)
+    apart = spec.split is None and isinstance(spec.outlier, TopK | Channels)  # which move elements and compute nothing
+    parts = Parts(x_RC if apart else x_RC.to(torch.float32), None)
     if spec.split is not None:
         parts = _on_tokens(parts.rest, place, lambda x, real: _without_split(x, spec, real))
     if isinstance(spec.outlier, Occ | TopK | Channels):
@@ -88,40 +93,49 @@ def decompose(x_RC: Tensor, spec: QuantSpec, place: Place) -> Parts:
         side = None
         if taken.side is not None:
             side = in_precision(taken.side, spec.outlier.precision, x_RC.dtype, place)
-        parts = Parts(taken.rest, _added(parts.side, side))
+        rest = taken.rest if spec.split is not None else taken.rest.to(x_RC.dtype)  # of elements of x
+        parts = Parts(rest, _added(parts.side, side))
     return parts
 
 
 def take_channels(x_RC: Tensor, precision: Precision, place: Place) -> Parts:
     """The chosen channels of an operand whose partner has `Channels`: they stand beside it in the same precision."""
-    taken = _without_channels(x_RC.to(torch.float32), place)
+    taken = _without_channels(x_RC, place)
     side = None if taken.side is None else in_precision(taken.side, precision, x_RC.dtype, place)
     return Parts(taken.rest, side)
 
 
 @torch.no_grad()
 def assemble(
-    main: BlockScaledTensor, side: Tensor | None, partner: Tensor | None, spec: QuantSpec, key: Key | None
-) -> Quantized:
-    """The operand of codes `main`, `side` and `partner` [R, C] in the original basis; the codes alone without both."""
+    main: BlockScaledTensor, side: Tensor | None, partner: Tensor | None, spec: QuantSpec, key: Key | None,
+    chosen: Chosen | None = None,
+) -> Quantized:  # fmt: skip
+    """The operand of codes `main`, `side` and `partner` [R, C] in the original basis; the codes alone without both.
+
+    chosen   of `PartedTensor`, in the original basis: a rotation mixes columns
+    """
     if side is None and partner is None:
         return main
-    return PartedTensor(main, _in_basis(side, spec, key), _in_basis(partner, spec, key))
+    if chosen is not None and chosen.dim == 1 and spec.rotation is not None:
+        chosen = None
+    return PartedTensor(main, _in_basis(side, spec, key), _in_basis(partner, spec, key), chosen)
 
 
 @torch.no_grad()
 def hot_residual(rest: Tensor, main: BlockScaledTensor, spec: QuantSpec, dtype: torch.dtype, place: Place) -> Tensor:
-    """[R, C] fp32: the rounding error of the chosen channels, in the original basis, in `dtype`; elsewhere 0."""
+    """[R, C] the rounding error of the chosen channels, in the original basis, in `dtype`; elsewhere 0."""
     assert place.chosen is not None
     error = rest - original(main, spec.rotation, place.key)
-    return torch.where(place.chosen, error.to(dtype).to(torch.float32), 0.0)
+    return torch.where(place.chosen, error.to(dtype), 0.0)
 
 
 @torch.no_grad()
 def in_precision(part: Tensor, precision: Precision, dtype: torch.dtype, place: Place) -> Tensor:
-    """[R, C] fp32 values of `part` in `precision`; bf16 stands for `dtype`. FP8 blocks keep their places in x."""
+    """[R, C] values of `part` in `precision`: bf16 stands for `dtype`, which then holds them, fp32 holds those of FP8.
+    FP8 blocks keep their places in x.
+    """
     if precision == "bf16":
-        return part.to(dtype).to(torch.float32)
+        return part.to(dtype)
     return dequantize(quantize(part, _IN_FP8[precision], place.key, place.reduce_max))
 
 
@@ -149,7 +163,7 @@ def quantiles(
     ends = shards.everyones(ends)[shards.row] if per == "row" else shards.everyones(ends).flatten(0, 1)
     ends = ends.permute(1, 2, 0, 3).flatten(2)  # [2, rows, shards * mine]
     ends = ends.topk(wanted, dim=2).values[..., -1:]
-    return -ends[1], ends[0]
+    return 0.0 - ends[1], 0.0 + ends[0]  # which leaves no negative zero
 
 
 def token_mean(x_RC: Tensor, dim: int, key: Key | None, reduce_max: ReduceMax | None) -> Tensor:
@@ -312,7 +326,9 @@ def _without_outlier(x: Tensor, outlier: Occ | TopK | Channels, place: Place) ->
 
 def _clamped(x: Tensor, occ: Occ, place: Place) -> Parts:
     lower, upper = quantiles(x, occ.alpha, occ.per, place.key, place.reduce_max)
-    rest = torch.where(x.isfinite(), x.clamp(lower, upper), x)
+    finite = x.isfinite()
+    rest = torch.where((x <= upper) | ~finite, x, upper)  # libraries' clamps differ in signs of zeros
+    rest = torch.where((rest >= lower) | ~finite, rest, lower)
     return Parts(rest, x - rest if occ.compensate else None)
 
 
@@ -339,5 +355,5 @@ def _in_basis(part: Tensor | None, spec: QuantSpec, key: Key | None) -> Tensor |
     if spec.rotation is None:
         return part if 0 in part.stride() else part.contiguous()
     if part.stride(0) == 0:
-        return rotate(part[:1].contiguous(), spec.rotation, key).expand(part.shape)
-    return rotate(part.contiguous(), spec.rotation, key)
+        return rotate(part[:1].contiguous().to(torch.float32), spec.rotation, key).expand(part.shape)
+    return rotate(part.contiguous().to(torch.float32), spec.rotation, key)

@@ -129,14 +129,28 @@ class BlockScaledTensor:
         return replace(self, codes=codes, scales=scales, block=self.block[::-1], carrier=None, inside=None)
 
 
+class Chosen(NamedTuple):
+    """Where alone what stands beside codes may differ from zero.
+
+    numbers   [k] int64, distinct, of columns or rows; two operands have the same where it is the same tensor
+    dim       1: columns, which a product contracts; 0: rows
+    cleared   whether the codes are zero there
+    """
+
+    numbers: Tensor
+    dim: int
+    cleared: bool
+
+
 @dataclass(frozen=True, slots=True)
 class PartedTensor:
     """A matrix as a sum: codes, and what was taken out of them (see `fp4dist.spec.splits`).
 
     main      the codes
-    side      [R, C] fp32, zero where nothing was taken out; None: nothing stands beside the codes
-    partner   [R, C] fp32: what the *other* operand's side multiplies in place of this operand's value, where a method
-              multiplies it by more than the codes; None: this operand's value
+    side      [R, C] fp32, or bf16 where that holds it, zero where nothing was taken out; None: nothing stands beside
+    partner   [R, C] likewise: what the *other* operand's side multiplies in place of this operand's value, where a
+              method multiplies it by more than the codes; None: this operand's value
+    chosen    where `side` may differ from zero, and a `partner` that stands without one; None: anywhere
 
     Invariant: value = value of main + side / sqrt(rotation). Like codes, `side` and `partner` hold the *unnormalized*
     rotation, in the basis of main, so that a product needs the factor 1 / rotation alone.
@@ -145,6 +159,7 @@ class PartedTensor:
     main: BlockScaledTensor
     side: Tensor | None = None
     partner: Tensor | None = None
+    chosen: Chosen | None = field(default=None, compare=False)
 
     @property
     def shape(self) -> torch.Size:

@@ -23,7 +23,7 @@ from fp4dist.nn.parts import MANY_TOKENS, cost, parted_slots
 from fp4dist.nn.plan import FP4, SIDE, LinearPlan, Operand
 from fp4dist.nn.report import LinearRow, fp4_share, table_text
 from fp4dist.nn.sites import LinearSite
-from fp4dist.numerics import dequantize, quantize
+from fp4dist.numerics import dequantize, matmul, quantize
 from fp4dist.numerics.quantize import original
 from fp4dist.numerics.splits import Place, decompose, token_mean
 from fp4dist.numerics.tensor import BlockScaledTensor, PartedTensor
@@ -112,6 +112,28 @@ def test_every_gemm_multiplies_the_values_of_its_operands(name: str) -> None:
         a, b = (q for slot, q in watched.operands.items() if slot.startswith(gemm))
         assert any(isinstance(q, PartedTensor) for q in (a, b))
         torch.testing.assert_close(result.double(), value(a) @ value(b).t(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "channels" in name or "hot" in name])
+def test_gemms_of_the_chosen_channels_alone_give_the_same_product(name: str) -> None:
+    """What a plan says of where its sides are not zero, against the dense product of all of them."""
+    parted = pytest.importorskip("fp4dist.kernels.triton.parted")
+    flops: list[int] = []
+
+    def multiply(a: Operand, b: Operand, **named: Any) -> Tensor:
+        flops.append(2 * a.shape[0] * b.shape[0] * a.shape[1])
+        return matmul(a, b, **named)
+
+    watched, _ = run(RECIPES[name], dtype=torch.bfloat16)
+    seen = 0
+    for gemm in ("fprop", "wgrad"):
+        a, b = (q for slot, q in watched.operands.items() if slot.startswith(gemm))
+        if any(isinstance(q, PartedTensor) and q.side is not None for q in (a, b)):
+            flops.clear()
+            torch.testing.assert_close(parted.matmul(a, b, multiply), matmul(a, b), rtol=1e-5, atol=1e-3)
+            assert max(flops[1:]) < flops[0] * (6 if gemm == "fprop" else 1) * 16 / INPUTS + 1
+            seen += 1
+    assert seen == (1 if "hot" in name else 2)
 
 
 def test_parts_bring_the_product_nearer_to_high_precision() -> None:

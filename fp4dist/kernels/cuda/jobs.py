@@ -43,6 +43,22 @@ _PAIRS = frozenset({
 })  # fmt: skip
 
 
+MISFITS_ALONE = 4  # kMisfitsAlone of csrc/decode.h
+_BEFORE = 3  # among Form.factors
+_values_alone = False
+
+
+def allow_values_alone(on: bool = True) -> None:
+    """Write FP8 values without codes where a `Form` can: checked in emulation, run on no GPU."""
+    global _values_alone
+    _values_alone = on
+
+
+def allowed(form: Form) -> bool:
+    """Whether `form`'s FP8 values are written without codes."""
+    return _values_alone and form.values_alone
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """What of a spec is the same for every matrix.
@@ -65,6 +81,11 @@ class Form:
     def needs_amax(self) -> bool:
         """Whether the tensor's amax decides the scales."""
         return self.rule in (AMAX, FOUR_OVER_SIX)
+
+    @property
+    def values_alone(self) -> bool:
+        """Whether kernels write FP8 values without codes: no element is above 7 units of its block's scale."""
+        return self.rule == CEIL or (self.rule == FLOOR and self.factors[_BEFORE] < 0.875)
 
 
 @lru_cache(maxsize=1024)

@@ -151,6 +151,7 @@ class _Work:
 
     counters   [2] int32, zero at first: the largest byte, or MS-EDEN's largest scale; elements that FP8 loses
     memory     of a slot whose FP8 values the quantizer writes itself, at a shift that follows from it, else None
+    alone      whether it writes them without codes, which a second launch makes where they did not fit
     """
 
     def __init__(self, source: Source, side: Side) -> None:
@@ -166,6 +167,7 @@ class _Work:
         self.eden = self.form.rule == jobs.EDEN
         self.codes = self.scales = self.values = self.corrected = self.counters = self.outer = self.inside = None
         self.memory = self.want.memory if self.narrow else None
+        self.alone = self.memory is not None and not self.want.codes and jobs.allowed(self.form)
         if self.want.codes or self.narrow or self.eden:
             self.codes = torch.empty((rows, cols // 2), dtype=torch.uint8, device=device)
         if self.want.codes or self.narrow:
@@ -207,26 +209,28 @@ class _Work:
         return self.reduce_max(magnitude.view(torch.float32)).view(torch.int32)
 
     def arguments(
-        self,
+        self, misfits: bool = False
     ) -> tuple[tuple[int, ...], tuple[float, ...], Tensor | None, tuple[Tensor | None, ...]]:
-        """(integers, factors, outer, outputs) of the job."""
+        """(integers, factors, outer, outputs) of the job; misfits: of the one behind that of values alone."""
         form, (rows, cols) = self.form, self.source.shape
+        narrow = 0 if self.memory is None or self.want.carrier is None else TO[self.want.carrier]
         how = (
             *self.source.integers(form, False), *jobs.signs(self.spec.rotation, self.key),
             *jobs.place(self.key if form.noisy else None, rows, cols, 8),
-            0 if self.memory is None or self.want.carrier is None else TO[self.want.carrier],
+            jobs.MISFITS_ALONE if misfits else narrow,
         )  # fmt: skip
         scales = self.corrected if self.eden else self.scales
+        codes = not self.alone or misfits
         outputs = (
-            self.codes, scales, None if self.eden else self.values,
+            self.codes if codes else None, scales if codes else None, None if self.eden or misfits else self.values,
             self.memory if self.counters is None else self.counters[0],
             self.global_scale if form.needs_amax else None, self.inside,
         )  # fmt: skip
         return how, (self.source.root(), *form.factors), self.outer, outputs
 
-    def run(self) -> None:
+    def run(self, misfits: bool = False) -> None:
         """Fill the outputs from the matrix alone."""
-        how, factors, outer, outputs = self.arguments()
+        how, factors, outer, outputs = self.arguments(misfits)
         q = self.source.codes
         torch.ops.fp4dist.quantize(
             self.source.tensor, q.scales if q else None, q.global_scale if q else None, outer, self.when, how, factors,
@@ -236,6 +240,8 @@ class _Work:
     def result(self) -> BlockScaledTensor | Carrier:
         """What was asked for, once the kernel has run."""
         spec, form = self.spec, self.form
+        if self.alone:
+            self.run(misfits=True)
         if self.eden:
             self._round_scales()
         carrier = Carrier(self.values, self.global_scale, form.rotation) if self.values is not None else None

@@ -16,10 +16,12 @@ from fp4dist.numerics.matmul import Operand
 if util.find_spec("triton") is None:
     declare_missing("triton", "the package triton is not installed")
 else:
+    from fp4dist.kernels.triton import clamped as _clamped
     from fp4dist.kernels.triton import filters as _filters
     from fp4dist.kernels.triton import matmul as _matmul
     from fp4dist.kernels.triton import originals as _originals
     from fp4dist.kernels.triton import quantizers as _quantizers
+    from fp4dist.kernels.triton import slopes as _slopes
     from fp4dist.kernels.triton import wire as _wire
 
     def _needs_gpu(request: Request) -> str | None:
@@ -38,6 +40,16 @@ else:
     kernel("filter_by_scales", backend="triton", supports=_supports_filter)(_filters.filter_by_scales)
 
     kernel("original", backend="triton", supports=_needs_gpu, sums=True)(_originals.original)
+
+    def _supports_slope(request: Request) -> str | None:
+        return _needs_gpu(request) or _slopes.why_not(request.spec)
+
+    kernel("slope", backend="triton", supports=_supports_slope, sums=True)(_slopes.slope)
+
+    def _supports_parts(request: Request) -> str | None:
+        return _needs_gpu(request) or _clamped.why_not(request.spec)
+
+    kernel("decompose", backend="triton", supports=_supports_parts, sums=True)(_clamped.decompose)
 
     def _supports_pair(request: Request) -> str | None:
         if request.spec is None or request.other is None:

@@ -45,15 +45,20 @@ def _row_chunks(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexp
 
 @triton.jit
 def _word_chunks(x, stride, row, col, rows, cols, S: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
-                 E: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+                 E: tl.constexpr, EVEN: tl.constexpr, LINE: tl.constexpr):  # fmt: skip
     """[G, E] words of a matrix with contiguous rows, each of S rows: G = R / S * N / E chunks; 0 outside.
 
-    stride   words from one column to the next
+    stride   words from one column to the next;  LINE   the same, known to the compiler, of whole tiles: a thread has
+             one address, and its loads have distances. Else 0
     """
     W: tl.constexpr = 32 * E // N  # words side by side in a warp, whose other threads lie along the columns
     w, c = lanes.words(R // S, N, E, W)
-    start = x + (col.to(tl.int64) * stride + row // S)
-    word = _load(start + (c * stride + w), (row + w * S < rows) & (col + c < cols), EVEN)
+    if LINE > 0:
+        run = tl.arange(0, R // S * N) // (R // S * (N // E))  # of a thread's own columns
+        word = tl.load(x + (col.to(tl.int64) * LINE + row // S) + ((c - run) * LINE + w) + run * LINE)
+    else:
+        start = x + (col.to(tl.int64) * stride + row // S)
+        word = _load(start + (c * stride + w), (row + w * S < rows) & (col + c < cols), EVEN)
     return tl.reshape(lanes.of_words(word, R // S, N, E, W), (R // S * N // E, E))
 
 
@@ -89,9 +94,10 @@ def words_of(
     x, stride, qscales, signs, row, col, rows, cols,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     S: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, EVEN: tl.constexpr,
+    LINE: tl.constexpr = 0,
 ):  # fmt: skip
     """(words, decode scales of codes, sign bits) of the tile [R, N] at (row, col), each [G, E], for `rows_of`; zeros
-    where it has no use for them.
+    where it has no use for them. LINE: see `_word_chunks`.
     """
     G: tl.constexpr = R // S * N // E
     flips = tl.zeros((G, E), tl.int32)
@@ -101,7 +107,7 @@ def words_of(
     if SIGNED & (READ == 0) & (x.dtype.element_ty == tl.int32):
         flips = _pair_flips(signs, R // S, N, E, ROT)
     if READ > 0:
-        word = _word_chunks(x, stride, row, col, rows, cols, S, R, N, E, EVEN)
+        word = _word_chunks(x, stride, row, col, rows, cols, S, R, N, E, EVEN, LINE)
     if READ == 2:
         stored = _stored_scales(qscales, row, col, rows, cols, QBR, QBC, R, N, E, EVEN)
         if QE8M0:

@@ -17,7 +17,7 @@ def largest_byte_kernel(scales, top, number, B: tl.constexpr):
     """The largest E8M0 byte below 255 (NaN), into `top`, which starts at 0."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     byte = tl.load(scales + i, mask=i < number, other=0).to(tl.int32)
-    tl.atomic_max(top, tl.max(tl.where(byte == 255, 0, byte), axis=0))
+    tl.atomic_max(top, tl.max(tl.where(byte == 255, 0, byte), axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _one_by_one(nibble, byte, largest, lost, R: tl.constexpr, N: tl.constexpr, F
     dropped = tl.where(byte == 255, 0, tl.minimum(found & ((1 << DROP) - 1), 1))
     number = tl.sum(tl.reshape(tl.sum(tl.reshape(dropped, (R, N // 8, 8)), axis=2), (R * N // 8,)), axis=0)
     if number > 0:
-        tl.atomic_add(lost, number)
+        tl.atomic_add(lost, number, sem="relaxed")
     low, high = tl.split(tl.reshape(code, (R, N // 4, 2, 2)))
     c0, c2 = tl.split(low)
     c1, c3 = tl.split(high)

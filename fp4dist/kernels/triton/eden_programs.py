@@ -67,7 +67,9 @@ def _code(
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     S: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, EVEN: tl.constexpr, FOUR: tl.constexpr,
 ):  # fmt: skip
-    """Codes and corrected scales of the tile [R, N] at (row, col); the bits of the largest one into `top`."""
+    """Codes and corrected scales of the tile [R, N] at (row, col); the bits of the largest one into `top`, which only
+    later launches read: its atomic is relaxed, else a program would wait until all that it has stored is in memory.
+    """
     M: tl.constexpr = R // S
     B: tl.constexpr = M * N // BLOCK
     FROM: tl.constexpr = 1 if READ else M  # rows from one step to the next
@@ -90,7 +92,7 @@ def _code(
             found, corrected, at, col // BLOCK, rows, cols // BLOCK, M, EVERY, N // BLOCK, E // BLOCK, WHOLE, EVEN
         )
         largest = tl.maximum(largest, a.magnitude_bits(found))
-    tl.atomic_max(top, tl.max(largest, axis=0))
+    tl.atomic_max(top, tl.max(largest, axis=0), sem="relaxed")
 
 
 @triton.jit

@@ -55,9 +55,9 @@ def largest_kernel(
         found = tl.maximum(found, tl.max(a.magnitude_bits(y), axis=1))
     if BY_ROW:
         r = row + tl.arange(0, R)
-        tl.atomic_max(top + r, found, mask=r < rows)
+        tl.atomic_max(top + r, found, mask=r < rows, sem="relaxed")
     else:
-        tl.atomic_max(top, tl.max(found, axis=0))
+        tl.atomic_max(top, tl.max(found, axis=0), sem="relaxed")
 
 
 @triton.jit

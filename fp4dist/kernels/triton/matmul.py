@@ -8,6 +8,7 @@ no carrier is decoded by torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TypeGuard
 
@@ -19,7 +20,7 @@ from fp4dist.kernels import cublaslt
 from fp4dist.kernels.triton import grid_values, grouped, levels, parted, quantizers, rescaled
 from fp4dist.kernels.triton.carriers import carrier_of
 from fp4dist.kernels.triton.gemm import FP8, Side, gemm, takes
-from fp4dist.numerics.matmul import Operand, check_product
+from fp4dist.numerics.matmul import Operand, OperandParts, Single, check_product
 from fp4dist.numerics.scales import fp32
 from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, PartedTensor, Quantized
 from fp4dist.spec.blocks import Stochastic
@@ -118,7 +119,7 @@ def matmul(
     if max(parted.samples(a_MK), parted.samples(b_NK)) > 1:
         return parted.mean_of_samples(a_MK, b_NK, matmul, out=out, into=into)
     if isinstance(a_MK, PartedTensor) or isinstance(b_NK, PartedTensor):
-        return parted.matmul(a_MK, b_NK, matmul, out=out, into=into)
+        return parted.matmul(*with_fp8(a_MK, b_NK), matmul, out=out, into=into)
     rotation = check_product(a_MK, b_NK, out, into)
     left, right = _side(a_MK), _side(b_NK)
     wide = left is None and parted.has_terms(a_MK), right is None and parted.has_terms(b_NK)
@@ -164,6 +165,28 @@ def grouped_matmul(
     return [matmul(x, w, out=out, into=total, room=room) for x, w, total, room in pairs]
 
 
+def with_fp8(a: Operand, b: Operand) -> tuple[Operand, Operand]:
+    """Operands in parts; their codes with FP8 carriers where fp32 scales multiply whole rows of both, or the tensor."""
+    mains = OperandParts.of(a).main, OperandParts.of(b).main
+    if not (_fits_fp8(mains[0]) and _fits_fp8(mains[1])):
+        return a, b
+    return _carried(a), _carried(b)
+
+
+def _fits_fp8(q: Single) -> bool:
+    if not isinstance(q, BlockScaledTensor) or q.carrier is not None or q.format.scale.name != "fp32":
+        return False
+    whole = q.block[1] == q.shape[1]
+    return whole and multiplies_fp8(q.codes.device) and quantizers.why_not_carrier(q, E4M3) is None
+
+
+def _carried(operand: Operand) -> Operand:
+    if isinstance(operand, PartedTensor):
+        return replace(operand, main=replace(operand.main, carrier=quantizers.to_carrier(operand.main, E4M3)))
+    assert isinstance(operand, BlockScaledTensor)
+    return replace(operand, carrier=quantizers.to_carrier(operand, E4M3))
+
+
 def _side(operand: Operand) -> Side | None:
     """The operand as the GEMM reads it; None: it has no carrier."""
     if isinstance(operand, Tensor):
@@ -205,7 +228,9 @@ def dequantize(q: Quantized) -> Tensor:
     """[R, C] fp32 values; see `fp4dist.numerics.dequantize`."""
     if isinstance(q, PartedTensor):
         values = dequantize(q.main)
-        return values if q.side is None else values + q.side * fp32(q.rotation**-0.5)
+        if q.side is None or q.rotation == 1:
+            return values if q.side is None else values.add_(q.side)
+        return values + q.side.to(torch.float32) * fp32(q.rotation**-0.5)
     if not has_carrier(q):
         return grid_values.dequantize(q) if grid_values.has_values(q) else numerics.dequantize(q)
     return carrier(q).to(torch.float32) * (q.global_scale * q.rotation**-0.5)

@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.triton import grid_values
+from fp4dist.kernels.triton import grid_values, terms
 from fp4dist.numerics.matmul import Operand, OperandParts, Single, check_product
 from fp4dist.numerics.scales import divide
-from fp4dist.numerics.tensor import BlockScaledTensor, Carrier
+from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, Chosen
 
 Multiply = Callable[..., Tensor]
-_TERMS = 3  # of 8 significant bits each: all of fp32's 24
+_TERMS = terms.COUNT  # of 8 significant bits each: all of fp32's 24
 _ROWS = 8  # of the thin GEMMs that multiply one row
 
 
@@ -32,15 +32,20 @@ def matmul(
     rotation = check_product(a, b, out, into)
     left, right = OperandParts.of(a), OperandParts.of(b)
     total = _Sum(multiply(left.main, right.main, into=into), multiply, rotation)
+    apart = _cleared(left, right)  # no codes of the one stand where the other has a side
     if left.side is not None:
         if right.partner is not None:
-            total.add(left.side, right.partner)
+            total.add(left.side, right.partner, left.chosen)
         else:
-            total.add(left.side, right.main)
+            if not apart:
+                total.add(left.side, right.main, left.chosen)
             if right.side is not None and left.partner is None:  # a partner of ours meets their side instead
-                total.add(left.side, right.side)
+                total.add(left.side, right.side, left.chosen)
     if right.side is not None:
-        total.add(left.main if left.partner is None else left.partner, right.side)
+        if left.partner is not None:
+            total.add(left.partner, right.side, right.chosen, second=True)
+        elif not apart:
+            total.add(left.main, right.side, right.chosen, second=True)
     return total.value if into is not None else total.value.to(out)
 
 
@@ -107,17 +112,33 @@ class _Sum:
     def __init__(self, value: Tensor, multiply: Multiply, rotation: int) -> None:
         self.value, self._multiply, self._rotation = value, multiply, rotation
 
-    def add(self, a: Single, b: Single) -> None:
-        """Add a b^T, of which one is a side, in fp32 or bf16; both are tensors where both stand beside codes."""
+    def add(self, a: Single, b: Single, chosen: Chosen | None = None, *, second: bool = False) -> None:
+        """Add a b^T, of which one is a side, in fp32 or bf16; both are tensors where both stand beside codes.
+
+        chosen   where a alone may differ from zero, or b where it is the `second` that has a side
+        """
         thin = _is_thin(a), _is_thin(b)
         if any(thin):
             self.value += self._thin(a, b, thin)
-            return
+        elif chosen is not None and chosen.dim == 0:
+            a, b = (a, _picked(b, chosen)) if second else (_picked(a, chosen), b)
+            self.value.index_add_(int(second), chosen.numbers, self._product(a, b, None))
+        elif chosen is not None and isinstance(a, Tensor) and isinstance(b, Tensor):
+            self.value = self._product(_picked(a, chosen), _picked(b, chosen), self.value, joined=True)
+        else:
+            self.value = self._product(a, b, self.value)
+
+    def _product(self, a: Single, b: Single, into: Tensor | None, *, joined: bool = False) -> Tensor:
+        """[M, N] a b^T, added to `into`. joined: of tensors, all their terms in one GEMM."""
         first, second = (_terms(x) if isinstance(x, Tensor) else [x] for x in (a, b))
-        for i, x in enumerate(first):
-            for j, y in enumerate(second):
-                if i + j < _TERMS:  # what is left out is below the last bit of fp32
-                    self.value = self._multiply(self._wrapped(x), self._wrapped(y), into=self.value)
+        # what is left out is below the last bit of fp32
+        pairs = [(x, y) for i, x in enumerate(first) for j, y in enumerate(second) if i + j < _TERMS]
+        if joined and len(pairs) > 1:
+            pairs = [(torch.cat([x for x, _ in pairs], dim=1), torch.cat([y for _, y in pairs], dim=1))]  # type: ignore[misc]
+        for x, y in pairs:
+            into = self._multiply(self._wrapped(x), self._wrapped(y), into=into)
+        assert into is not None
+        return into
 
     def _thin(self, a: Single, b: Single, thin: tuple[bool, bool]) -> Tensor:
         """A b^T, broadcast to [M, N], where a or b is one row or one column."""
@@ -132,8 +153,8 @@ class _Sum:
         """[1, N] fp32 row [1, K] times b^T."""
         if isinstance(b, Tensor) and b.dtype == torch.float32:
             return row @ b.t() * (1.0 / self._rotation)
-        terms = torch.cat(_terms(row))
-        padded = torch.nn.functional.pad(terms, (0, 0, 0, _ROWS - len(terms)))
+        stacked = torch.cat(_terms(row))
+        padded = torch.nn.functional.pad(stacked, (0, 0, 0, _ROWS - len(stacked)))
         return self._multiply(self._wrapped(padded), b).sum(0, keepdim=True)
 
     def _wrapped(self, x: Single) -> Single:
@@ -147,11 +168,30 @@ def _terms(x: Tensor) -> list[Tensor]:
     """bf16 tensors whose sum is `x`."""
     if x.dtype == torch.bfloat16:
         return [x]
+    return terms.split(x) if x.is_cuda else in_torch(x)
+
+
+def in_torch(x: Tensor) -> list[Tensor]:
+    """The terms of fp32 `x`, in a pass over memory for each step."""
     found: list[Tensor] = []
     for _ in range(_TERMS):
         found.append(x.to(torch.bfloat16))
         x = x - found[-1].to(torch.float32)
     return found
+
+
+def _picked(x: Single, chosen: Chosen) -> Tensor:
+    """The chosen columns or rows of a side, or the same of what meets it."""
+    assert isinstance(x, Tensor)
+    return x.index_select(chosen.dim, chosen.numbers)
+
+
+def _cleared(left: OperandParts, right: OperandParts) -> bool:
+    """Whether both sides lie in the same columns, and neither operand has codes there."""
+    a, b = left.chosen, right.chosen
+    if a is None or b is None or left.side is None or right.side is None:
+        return False
+    return a.numbers is b.numbers and a.dim == b.dim == 1 and a.cleared and b.cleared
 
 
 def _is_thin(x: Single) -> bool:

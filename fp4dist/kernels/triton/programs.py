@@ -48,14 +48,17 @@ def _rows(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: 
 
 @triton.jit
 def _turned(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
-            W: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+            W: tl.constexpr, EVEN: tl.constexpr, LINE: tl.constexpr = 0):  # fmt: skip
     """[R/P/W, W, N/E, E] words of P elements of a matrix with contiguous rows; 0 outside.
 
-    x points to words; stride counts words.
+    x points to words; stride counts words; LINE as `chunks._word_chunks` has it
     """
     r, c = lanes.words(R // P, N, E, W)
     start = x + (col.to(tl.int64) * stride + row // P)
-    if EVEN:
+    if LINE > 0:
+        run = tl.arange(0, R // P * N) // (R // P * (N // E))  # of a thread's own columns
+        word = tl.load(start + ((c - run) * LINE + r) + run * LINE)
+    elif EVEN:
         word = tl.load(start + (c * stride + r))
     else:
         word = tl.load(start + (c * stride + r), mask=(row + r * P < rows) & (col + c < cols), other=0)
@@ -98,13 +101,13 @@ def _tile(
     x, stride, qscales, qglobal, signs, row, col, rows, cols,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
-    BACK: tl.constexpr = 1, back=0, root=1.0,
+    BACK: tl.constexpr = 1, back=0, root=1.0, LINE: tl.constexpr = 0,
 ):  # fmt: skip
-    """[G, E] fp32 values of the tile at (row, col), rotated; 0 outside."""
+    """[G, E] fp32 values of the tile at (row, col), rotated; 0 outside. LINE: of `_turned`, or 0."""
     if READ == 0:
         y = _rows(x, stride, row, col, rows, cols, R, N, E, P, EVEN)
     elif READ == 1:
-        word = _turned(x, stride, row, col, rows, cols, R, N, E, P, W, EVEN)
+        word = _turned(x, stride, row, col, rows, cols, R, N, E, P, W, EVEN, LINE)
         if P == 2:
             word = tl.permute(tl.join(word << 16, word & -65536), (0, 1, 4, 2, 3))
             y = a.floats(tl.reshape(word, (R * N // E, E)))
@@ -150,7 +153,7 @@ def amax_kernel(
             R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root,
         )  # fmt: skip
         found = tl.maximum(found, a.bits(a.largest(y, R * N // E, E)))
-    tl.atomic_max(top, tl.max(found, axis=0))
+    tl.atomic_max(top, tl.max(found, axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -269,7 +272,7 @@ def _side(
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, NONZERO: tl.constexpr,
     READ: tl.constexpr, P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr,
-    QE8M0: tl.constexpr, BACK: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
+    QE8M0: tl.constexpr, BACK: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Quantize one tile under E4M3 scales. RULE 0: of the block's amax; else the best of it and its products with the
     bytes of RULE, in 16ths. ROUND 0: nearest, 1: stochastic. outer: bits of the tensor's amax;  top: becomes its decode
@@ -278,7 +281,7 @@ def _side(
     G: tl.constexpr = R * N // E
     y = _tile(
         x, stride, qscales, qglobal, signs, row, col, rows, cols,
-        R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root,
+        R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root, LINE,
     )  # fmt: skip
     amax = a.floats(tl.minimum(tl.load(outer) & 0x7FFFFFFF, 0x7F800000))
     s_enc, unit = _outer_scale(amax, numerator)
@@ -327,7 +330,7 @@ def quantize_kernel(
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, NONZERO: tl.constexpr,
     READ: tl.constexpr, P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr,
-    QE8M0: tl.constexpr, BACK: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr,
+    QE8M0: tl.constexpr, BACK: tl.constexpr, CODES: tl.constexpr, CARRIER: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one matrix; see `_side`."""
     across = tl.cdiv(cols, N)
@@ -336,7 +339,7 @@ def quantize_kernel(
         tl.program_id(0) // across * R, tl.program_id(0) % across * N, rows, cols, numerator, inverse_v,
         k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
         R, N, E, BR, ROT, SIGNED, RULE, METRIC, ROUND, NONZERO, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, CODES,
-        CARRIER,
+        CARRIER, LINE,
     )  # fmt: skip
 
 
@@ -356,7 +359,7 @@ def pair_kernel(
     T_R: tl.constexpr, T_N: tl.constexpr, T_E: tl.constexpr, T_BR: tl.constexpr, T_ROT: tl.constexpr, T_SIGNED:
     tl.constexpr, T_RULE: tl.constexpr, T_METRIC: tl.constexpr, T_ROUND: tl.constexpr,
     T_NONZERO: tl.constexpr, T_P: tl.constexpr, T_W: tl.constexpr, T_CODES: tl.constexpr, T_CARRIER: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, T_LINE: tl.constexpr,
 ):  # fmt: skip
     """Tiles of x [rows, cols], and of x^T with what begins with t_; see `_side`. words: x, as `_turned` reads it."""
     turned, row, col = chunks.of_pair(tl.program_id(0), rows, cols, R, N, T_R, T_N)
@@ -366,14 +369,14 @@ def pair_kernel(
             t_top, row, col, cols, rows, t_numerator, t_inverse_v, t_k0, t_k1,
             t_when, t_c3, t_width, t_row_run, t_r0, t_r1, t_column_run, t_q0, t_q1, T_R, T_N, T_E, T_BR, T_ROT,
             T_SIGNED, T_RULE, T_METRIC, T_ROUND, T_NONZERO, 1, T_P, T_W, EVEN, 1, 16, False, 1, T_CODES,
-            T_CARRIER,
+            T_CARRIER, T_LINE,
         )  # fmt: skip
     else:
         _side(
             x, stride, x, x, 0, 1.0, signs, outer, codes, scales, values, top, row, col, rows, cols,
             numerator, inverse_v, k0, k1, when, c3, width, row_run, r0, r1, column_run,
             q0, q1, R, N, E, BR, ROT, SIGNED, RULE, METRIC, ROUND, NONZERO, 0, P, W, EVEN, 1, 16, False, 1,
-            CODES, CARRIER,
+            CODES, CARRIER, 0,
         )  # fmt: skip
 
 
@@ -391,10 +394,7 @@ def pair_amax_kernel(
             words, word_stride, words, words, t_signs, row, col, cols, rows, T_R, T_N, T_E,
             T_ROT, T_SIGNED, 1, T_P, T_W, EVEN, 1, 16, False,
         )  # fmt: skip
-        tl.atomic_max(t_top, tl.max(a.bits(a.largest(y_t, T_R * T_N // T_E, T_E)), axis=0))
+        tl.atomic_max(t_top, tl.max(a.bits(a.largest(y_t, T_R * T_N // T_E, T_E)), axis=0), sem="relaxed")
     else:
-        y = _tile(
-            x, stride, x, x, signs, row, col, rows, cols, R, N, E, ROT, SIGNED, 0, P, W, EVEN, 1, 16,
-            False, 1,
-        )  # fmt: skip
-        tl.atomic_max(top, tl.max(a.bits(a.largest(y, R * N // E, E)), axis=0))
+        y = _tile(x, stride, x, x, signs, row, col, rows, cols, R, N, E, ROT, SIGNED, 0, P, W, EVEN, 1, 16, False, 1)
+        tl.atomic_max(top, tl.max(a.bits(a.largest(y, R * N // E, E)), axis=0), sem="relaxed")

@@ -313,6 +313,7 @@ class _Pair(NamedTuple):
         options = {
             "EVEN": rows % tall == 0 and cols % wide == 0, "num_warps": a["num_warps"], "enable_fp_fusion": False,
         }  # fmt: skip
+        line = {"T_LINE": b["LINE"] if options["EVEN"] else 0}
         told, told_amax = (
             {**{name: a[name] for name in names}, **{f"T_{name}": b[name] for name in names}, **options}
             for names in (_TOLD, _BOTH)
@@ -326,11 +327,11 @@ class _Pair(NamedTuple):
         ]
         name = row.form.form, column.form.form
         amax = _LAUNCHES.setdefault(("amax", name), Launch(pair_amax_kernel, told_amax, words))
-        write = _LAUNCHES.setdefault(("write", name), Launch(pair_kernel, told, (*words, *written)))
+        write = _LAUNCHES.setdefault(("write", name), Launch(pair_kernel, told | line, (*words, *written)))
         rotation, signed = column.form.rotation, b["SIGNED"]
         both = None
         if row.form.rotation == 1 < rotation:
-            both = LargestBoth.of(column.shape, column.in_words, column.layout, rotation, signed)
+            both = LargestBoth.of(column.shape, column.stride, column.in_words, column.layout, rotation, signed)
         programs = -(-rows // tall) * -(-cols // wide) * (tall // a["R"] + wide // b["R"])
         return cls(programs, amax, both, write if row.form.light and column.form.light else None)
 

@@ -61,6 +61,11 @@ def programs_of(shape: tuple[int, int], rows: int, columns: int) -> int:
     return -(-shape[0] // rows) * -(-shape[1] // columns)
 
 
+def line_of(src: Source) -> int:
+    """LINE of `programs`, where a kernel is compiled for it: of x^T that is read in words. Else 0."""
+    return src.stride if src.read == 1 and src.in_words else 0
+
+
 class Amax(NamedTuple):
     """A launch of `amax_kernel` for all matrices of one layout.
 
@@ -121,7 +126,15 @@ class Form:
     @classmethod
     def of(cls, src: Source, spec: QuantSpec, want: Want, signed: bool) -> Form:
         """That of a matrix; signed: its rotation has signs."""
-        form = (number_of(spec), want.codes, want.carrier, signed, width_of_strip(src.shape[1]), src.layout())
+        form = (
+            number_of(spec),
+            want.codes,
+            want.carrier,
+            signed,
+            width_of_strip(src.shape[1]),
+            line_of(src),
+            src.layout(),
+        )
         found = _FORMS.get(form)
         if found is None:
             found = _FORMS[form] = cls._new(src, spec, want, signed, form)
@@ -149,6 +162,7 @@ class Form:
         v = target_max(E2M1.max, getattr(rule, "headroom", 1.0))
         scalars = fp32(fp32(getattr(rule, "budget", 1.0)) * v), fp32(1.0 / v)
         constants["EVEN"] = rows % r == 0 and cols % n == 0
+        constants["LINE"] = line_of(src) if constants["EVEN"] else 0
         if constants["RULE"] and want.codes and carrier and not several:
             constants["maxnreg"] = 128  # a few more, and a quarter fewer warps fit on a multiprocessor
         words = (*((0,) if src.in_words else ()), *((10,) if want.codes else ()), *((12,) if carrier else ()))

@@ -15,7 +15,7 @@ import torch
 from fp4dist import numerics
 from fp4dist.kernels.cuda import decode, jobs, ops, quantize
 from fp4dist.numerics.layout import swizzle
-from fp4dist.numerics.tensor import Carrier, Want
+from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, Want
 from fp4dist.spec.build import build
 from fp4dist.spec.recipe import QuantSpec
 from tests.generators import families
@@ -43,6 +43,7 @@ CHECKS = (
     "layouts",
     "other_rotations",
     "memories",
+    "values_alone",
 )
 
 
@@ -86,6 +87,46 @@ def of_memories(device: torch.device) -> Iterator[str]:
             yield f"what is remembered of the pair {row.label()} | {column.label()}: {memories.tolist()}"
 
 
+def of_values_alone(device: torch.device) -> Iterator[str]:
+    """FP8 values rounded without codes, of matrices that fit: those that stand beside codes."""
+    jobs.allow_values_alone()
+    try:
+        yield from _values_alone(device)
+    finally:
+        jobs.allow_values_alone(False)
+
+
+def _values_alone(device: torch.device) -> Iterator[str]:
+    x = torch.randn((64, 128), generator=torch.Generator().manual_seed(1))
+    x = x * torch.logspace(-3, 3, 4, base=2.0).repeat_interleave(16)[:, None]
+    x[3, :64], x[5, 7], x[7, 9], x[9] = 0.0, -0.0, 1e-41, torch.arange(128) / 16
+    for spec in matrix.specs().values():
+        if spec.format.scale.name != "e8m0" or not jobs.form_of(spec).values_alone:
+            continue
+        for i, fp8 in enumerate(powers.FP8):
+            moved = x.to(device=device, dtype=(torch.bfloat16, torch.float32)[i])
+            moved = moved.t() if i else moved
+            memories = torch.zeros((2, powers.MEMORY), dtype=torch.int32, device=device)
+            before = 127 if spec.rotation is None else 131
+            memories[:, 0] = before
+            alone, beside = (
+                quantize.quantize(moved, spec, matrix.WHOLE, want=Want(codes, fp8, memory=memory))
+                for codes, memory in zip((False, True), memories, strict=True)
+            )
+            assert isinstance(alone, Carrier)
+            assert isinstance(beside, BlockScaledTensor)
+            other = beside.carrier
+            assert other is not None
+            shared, top = jobs.form_of(spec).shared, before + 3 - (13 if fp8 == torch.float8_e5m2 else 6)
+            assert shared is not None
+            if not torch.equal(alone.values.view(torch.uint8), other.values.view(torch.uint8)):
+                yield f"FP8 values of {spec.label()} without codes"
+            if not torch.equal(alone.scale, other.scale) or float(alone.scale) != shared * 2.0 ** (top - 127):
+                yield f"scale of FP8 values of {spec.label()} without codes: {float(alone.scale)}"
+            if not torch.equal(memories[0], memories[1]):
+                yield f"what is remembered of {spec.label()} without codes: {memories.tolist()}"
+
+
 def of_layouts(device: torch.device) -> Iterator[str]:
     """Scales in 128 x 4 tiles, of blocks of one row and of sixteen."""
     for block in ([1, 16], [16, 16]):
@@ -111,6 +152,7 @@ def differences(check: str, device: torch.device) -> Iterator[str]:
     """What differs in one of CHECKS."""
     use_ours()
     mine = {"layouts": of_layouts, "other_rotations": of_other_rotations, "memories": of_memories}
+    mine["values_alone"] = of_values_alone
     yield from (mine[check] if check in mine else getattr(matrix, f"of_{check}"))(device)
 
 

@@ -57,6 +57,9 @@ def test_on_older_gpus_triton_comes_first_and_csrc_says_why_not(resolved: list[l
         if capability == "10.0":
             continue
         assert backend == "triton", (recipe, what)
+        if what.endswith((":decompose", ":slope")):  # on Blackwell torch does these
+            assert reason.startswith("has no ")
+            continue
         if capability == "7.5":
             assert "compute capability" in reason, (recipe, what, reason)
         elif what.endswith(":matmul"):
@@ -67,7 +70,9 @@ def test_on_older_gpus_triton_comes_first_and_csrc_says_why_not(resolved: list[l
 
 def test_the_layer_table_says_each_reason_once(resolved: list[list[str]]) -> None:
     hopper = [
-        {what: (what.rpartition(":")[2], why)} for capability, _, _, what, _, why in resolved if capability == "9.0"
+        {what: (what.rpartition(":")[2], why)}
+        for capability, _, _, what, _, why in resolved
+        if capability == "9.0" and not why.startswith("has no ")
     ]
     said = remarks(hopper)
     assert len(said) == 2

@@ -175,6 +175,10 @@ def of_pairs(device: torch.device) -> Iterator[str]:
                     yield from _wrong_carrier(f"{label} {of}", a, b)
                 else:
                     yield from _differences(f"{label} {of}", a, b)
+        if row.rotation is None and column.rotation is not None:  # of whole tiles, for `amaxes`
+            both = quantize_pair(x[:128].to(device), Side(row, WHOLE), Side(column, other))
+            yield from _differences(f"{label} of 128 rows: x", numerics.quantize(x[:128], row, WHOLE), both[0])
+            yield from _differences(f"{label} of 128 rows: x^T", numerics.quantize(x[:128].t(), column, other), both[1])
     generator = torch.Generator().manual_seed(0)
     for shape, value in (((7, 130), 0.0), ((5000,), float("nan")), ((3, 4, 33), float("inf"))):
         x = torch.randn(shape, generator=generator)

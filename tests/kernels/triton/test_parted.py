@@ -11,7 +11,8 @@ from torch import Tensor
 from fp4dist import numerics
 from fp4dist.kernels.triton import parted
 from fp4dist.numerics import BlockScaledTensor
-from fp4dist.numerics.tensor import PartedTensor
+from fp4dist.numerics.matmul import Operand
+from fp4dist.numerics.tensor import Chosen, PartedTensor
 from tests.generators import exactly_summable, normal
 
 M, N, K = 48, 32, 256
@@ -111,6 +112,63 @@ def test_the_product_is_added_or_rounded_once() -> None:
     assert parted.matmul(a, b, MULTIPLY, into=total) is total
     assert torch.equal(total, numerics.matmul(a, b) + 1)
     assert torch.equal(parted.matmul(a, b, MULTIPLY, out=torch.bfloat16), numerics.matmul(a, b).bfloat16())
+
+
+class Counted:
+    """The reference's GEMM, and 2 M N K of all its calls."""
+
+    def __init__(self) -> None:
+        self.flops = 0
+
+    def __call__(self, a: Operand, b: Operand, **named: Tensor | None) -> Tensor:
+        self.flops += 2 * a.shape[0] * b.shape[0] * a.shape[1]
+        return numerics.matmul(a, b, **named)  # type: ignore[arg-type]
+
+
+NUMBERS = torch.tensor([3, 17, 40, 41, 99, 130, 131, 255])
+
+
+def only(x: Tensor, dim: int) -> Tensor:
+    """Zero but for the chosen columns (dim 1) or rows (0)."""
+    numbers = NUMBERS if dim else NUMBERS[x.shape[0] > NUMBERS]
+    return torch.zeros_like(x).index_copy_(dim, numbers, x.index_select(dim, numbers))
+
+
+def cleared(q: BlockScaledTensor) -> BlockScaledTensor:
+    """Without codes in the chosen columns."""
+    low = torch.zeros(q.shape[1], dtype=torch.bool).index_fill_(0, NUMBERS, True)
+    keep = torch.where(low.view(-1, 2), 0, torch.tensor([0x0F, 0xF0])).sum(1).to(torch.uint8)
+    return replace(q, codes=q.codes & keep)
+
+
+def test_chosen_columns_meet_a_partner_or_another_side_alone() -> None:
+    q, r = exactly_summable(M, K), exactly_summable(N, K, seed=1)
+    x, y = (only(whole_numbers(rows, K, rows), 1) for rows in (M, N))
+    residual = PartedTensor(q, x, None, Chosen(NUMBERS, 1, cleared=False))
+    multiply = Counted()
+    b = PartedTensor(r, None, y.bfloat16(), Chosen(NUMBERS, 1, cleared=False))
+    assert torch.equal(parted.matmul(residual, b, multiply), numerics.matmul(residual, b))
+    assert multiply.flops == 2 * M * N * (K + 3 * len(NUMBERS))  # the side's three terms in one GEMM
+    multiply = Counted()
+    a = PartedTensor(cleared(q), x.bfloat16(), None, Chosen(NUMBERS, 1, cleared=True))
+    b = PartedTensor(cleared(r), y.bfloat16(), None, Chosen(NUMBERS, 1, cleared=True))
+    assert torch.equal(parted.matmul(a, b, multiply), numerics.matmul(a, b))
+    assert multiply.flops == 2 * M * N * (K + len(NUMBERS))
+    for other in (Chosen(NUMBERS.clone(), 1, cleared=True), Chosen(NUMBERS, 1, cleared=False)):
+        b = PartedTensor(r, y.bfloat16(), None, other)  # which has codes there
+        assert torch.equal(parted.matmul(a, b, MULTIPLY), numerics.matmul(a, b))
+        assert torch.equal(parted.matmul(b, a, MULTIPLY), numerics.matmul(b, a))
+
+
+@pytest.mark.parametrize("partner", [True, False])
+def test_chosen_rows_are_rows_and_columns_of_the_product(partner: bool) -> None:
+    numbers = NUMBERS[NUMBERS < N]
+    a = PartedTensor(exactly_summable(M, K), None, whole_numbers(M, K, 6) if partner else None)
+    b = PartedTensor(exactly_summable(N, K, seed=1), only(whole_numbers(N, K, 5), 0), None, Chosen(numbers, 0, True))
+    multiply = Counted()
+    assert torch.equal(parted.matmul(a, b, multiply), numerics.matmul(a, b))
+    assert torch.equal(parted.matmul(b, a, multiply), numerics.matmul(b, a))
+    assert multiply.flops == 4 * M * K * (N + (6 if partner else 3) * len(numbers))
 
 
 def values(q: BlockScaledTensor) -> Tensor:

@@ -171,6 +171,14 @@ T __shfl_sync(uint32_t, T value, int from) {
   return found;
 }
 
+inline void __syncwarp() { emulator::gather_warp(); }
+
+inline int __all_sync(uint32_t, int value) {
+  int found = 1;
+  emulator::exchange(value, [&](unsigned, int shown) { found = found && shown; });
+  return found;
+}
+
 inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   uint32_t found = 0;
   emulator::exchange(value, [&](unsigned, uint32_t shown) { found = std::max(found, shown); });
