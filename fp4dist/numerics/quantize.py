@@ -70,9 +70,7 @@ def dequantize(q: Quantized) -> Tensor:
     """
     if isinstance(q, PartedTensor):
         values = dequantize(q.main)
-        if q.side is None or q.rotation == 1:
-            return values if q.side is None else values + q.side
-        return values + q.side.to(torch.float32) * scales.fp32(q.rotation**-0.5)
+        return values if q.side is None else values + q.side.to(torch.float32) * scales.fp32(q.rotation**-0.5)
     factor = spread(q.global_scale * q.rotation**-0.5, q.shape)
     total = carrier(q.sample(0)) * factor
     for i in range(1, q.samples):

@@ -291,17 +291,30 @@ def packed(level, G: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
+def eighths(x, G: tl.constexpr, E: tl.constexpr):
+    """[G, E] -> the first, second ... eighth elements of every eight, each [G, E/8]."""
+    even, odd = tl.split(tl.reshape(x, (G, E // 8, 2, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    x0, x4 = tl.split(x0)
+    x1, x5 = tl.split(x1)
+    x2, x6 = tl.split(x2)
+    x3, x7 = tl.split(x3)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def of_eighths(x0, x1, x2, x3, x4, x5, x6, x7, G: tl.constexpr, E: tl.constexpr):
+    """The reverse of `eighths`."""
+    low = tl.join(tl.join(x0, x4), tl.join(x2, x6))  # [G, E/8, 4s bit, 2s bit]
+    high = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    return tl.reshape(tl.join(low, high), (G, E))
+
+
+@triton.jit
 def _words(code, G: tl.constexpr, E: tl.constexpr):
     """[G, E] int32 codes in the top four bits -> [G, E/8] words of 8, the first one lowest."""
-    code = code.to(tl.uint32, bitcast=True)
-    pairs = tl.reshape(code, (G, E // 8, 2, 2, 2))
-    even, odd = tl.split(pairs)
-    c0, c2 = tl.split(even)
-    c1, c3 = tl.split(odd)
-    c0, c4 = tl.split(c0)
-    c1, c5 = tl.split(c1)
-    c2, c6 = tl.split(c2)
-    c3, c7 = tl.split(c3)
+    c0, c1, c2, c3, c4, c5, c6, c7 = eighths(code.to(tl.uint32, bitcast=True), G, E)
     word = c7 >> 28
     word = (word << 4) | (c6 >> 28)
     word = (word << 4) | (c5 >> 28)

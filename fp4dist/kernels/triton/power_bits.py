@@ -37,20 +37,8 @@ def chosen(low, high, selector, ASM: tl.constexpr):
 def packed(top, y, G: tl.constexpr, E: tl.constexpr, ASM: tl.constexpr):
     """`arithmetic.pack`, in two instructions an element."""
     if ASM:
-        even, odd = tl.split(tl.reshape(top, (G, E // 8, 2, 2, 2)))
-        t0, t2 = tl.split(even)
-        t1, t3 = tl.split(odd)
-        t0, t4 = tl.split(t0)
-        t1, t5 = tl.split(t1)
-        t2, t6 = tl.split(t2)
-        t3, t7 = tl.split(t3)
-        even, odd = tl.split(tl.reshape(a.bits(y), (G, E // 8, 2, 2, 2)))
-        y0, y2 = tl.split(even)
-        y1, y3 = tl.split(odd)
-        y0, y4 = tl.split(y0)
-        y1, y5 = tl.split(y1)
-        y2, y6 = tl.split(y2)
-        y3, y7 = tl.split(y3)
+        t0, t1, t2, t3, t4, t5, t6, t7 = a.eighths(top, G, E)
+        y0, y1, y2, y3, y4, y5, y6, y7 = a.eighths(a.bits(y), G, E)
         # lop3: the sign of y and the rest of t; shf: 28 bits of the word so far above the four of the next code
         word = tl.inline_asm_elementwise(
             """{
@@ -84,13 +72,7 @@ def packed(top, y, G: tl.constexpr, E: tl.constexpr, ASM: tl.constexpr):
 def inside(u, G: tl.constexpr, E: tl.constexpr, ASM: tl.constexpr):
     """[G] words of E bits: whether the u >= 0 of a block are at most 6, the first in the lowest bit."""
     if ASM:
-        even, odd = tl.split(tl.reshape(u, (G, E // 8, 2, 2, 2)))
-        u0, u2 = tl.split(even)
-        u1, u3 = tl.split(odd)
-        u0, u4 = tl.split(u0)
-        u1, u5 = tl.split(u1)
-        u2, u6 = tl.split(u2)
-        u3, u7 = tl.split(u3)
+        u0, u1, u2, u3, u4, u5, u6, u7 = a.eighths(u, G, E)
         # the signs of 6 - u, one after the other into the lowest bit
         words = tl.inline_asm_elementwise(
             """{
@@ -237,9 +219,7 @@ def unpacked(words, G: tl.constexpr, ASM: tl.constexpr):
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True, pack=1,
         )  # fmt: skip
-        low = tl.join(tl.join(v0, v4), tl.join(v2, v6))  # [G, 4, 4s bit, 2s bit]
-        high = tl.join(tl.join(v1, v5), tl.join(v3, v7))
-        values = tl.reshape(tl.join(low, high), (G, 32))
+        values = a.of_eighths(v0, v1, v2, v3, v4, v5, v6, v7, G, 32)
     else:
         nibble = words[:, :, None] << (28 - 4 * tl.arange(0, 8))[None, None, :]
         values = a.e2m1_signed(tl.reshape(nibble, (G, 32)))

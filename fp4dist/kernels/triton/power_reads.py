@@ -96,9 +96,7 @@ def small(words, G: tl.constexpr, ASM: tl.constexpr):
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True, pack=1,
         )  # fmt: skip
-        low = tl.join(tl.join(v0, v4), tl.join(v2, v6))  # [G, 4, 4s bit, 2s bit]
-        high = tl.join(tl.join(v1, v5), tl.join(v3, v7))
-        values = tl.reshape(tl.join(low, high), (G, 32))
+        values = a.of_eighths(v0, v1, v2, v3, v4, v5, v6, v7, G, 32)
     else:
         values = bits.unpacked(words, G, ASM) * (1.0 / 16384.0)
     return values
