@@ -115,16 +115,28 @@ __host__ __device__ __forceinline__ uint32_t e2m1_nearest_integer(float u, float
   return with_sign(bits(rounded) * 0x10000040u, u);
 }
 
-// a in [0, 6] -> as above, up if a is above the level below it by more than (noise + 1/2) / 2^16 of a step; bits 6 to
-// 21 of `noise` are the noise; the sign is that of `sign`. Below 1 the step is that of [1, 2), so 1 is added there: a
-// step is then always the upper half of a mantissa, whose lower 22 bits are compared with noise * 2^6 + 32 by an
-// addition that carries. Rounding a + 1 up keeps that comparison exact: what is lost lay below an integer that it is
-// above.
+// b less 64 times the half (0: low, 1: high) of `noise`.
+template <int HALF>
+__host__ __device__ __forceinline__ uint32_t less_noise(uint32_t b, uint32_t noise) {
+#ifdef __CUDA_ARCH__
+  uint32_t found;
+  asm("dp2a.lo.u32.s32 %0, %1, %2, %3;" : "=r"(found) : "r"(noise), "n"(HALF ? 0xc000 : 0xc0), "r"(b));
+  return found;
+#else
+  return b - 64u * (noise >> (16 * HALF) & 0xffffu);
+#endif
+}
+
+// a in [0, 6] -> as above, up if a is above the level below it by more than (n + 1/2) / 2^16 of a step, n being HALF of
+// `noise`; the sign is that of `sign`. Below 1 the step is that of [1, 2), so 1 is added there: a step is then always
+// the upper half of a mantissa, whose lower 22 bits are compared with 2^6 n + 32 by an addition that carries: of 2^22 -
+// 33 - 2^6 n. Rounding a + 1 up keeps that comparison exact: what is lost lay below an integer that it is above.
+template <int HALF>
 __host__ __device__ __forceinline__ uint32_t e2m1_stochastic_integer(float a, float sign, uint32_t noise,
                                                                      float& level) {
   const float one = a < 1.0f ? 1.0f : 0.0f;
-  const uint32_t carrying = (~noise & 0x003fffc0u) | 0x0100001fu;  // and 4 to the index of [1, 1.5)
-  const uint32_t word = (bits(add_up(a, one)) + bits(one) + carrying) << 6;
+  // and 4 to the index of [1, 1.5)
+  const uint32_t word = (less_noise<HALF>(bits(add_up(a, one)), noise) + bits(one) + 0x013fffdfu) << 6;
   level = e2m1_value(word & 0x70000000u);
   return with_sign(word, sign);
 }
@@ -168,9 +180,9 @@ __host__ __device__ __forceinline__ uint32_t e2m1x8_stochastic(const float* a, c
                                                                const uint32_t* noise, float* level) {
   uint32_t word = 0;
 #pragma unroll
-  for (int i = 7; i >= 0; --i) {
-    const uint32_t half = i % 2 ? noise[i / 2] >> 10 : noise[i / 2] << 6;
-    word = with_code(word, e2m1_stochastic_integer(a[i], signs[i], half, level[i]));
+  for (int i = 6; i >= 0; i -= 2) {
+    word = with_code(word, e2m1_stochastic_integer<1>(a[i + 1], signs[i + 1], noise[i / 2], level[i + 1]));
+    word = with_code(word, e2m1_stochastic_integer<0>(a[i], signs[i], noise[i / 2], level[i]));
   }
   return word;
 }
@@ -248,14 +260,18 @@ __host__ __device__ __forceinline__ uint32_t bf16x2_times(uint32_t a, uint32_t b
 #endif
 }
 
+// The codes in the upper four bits of both halves of `top`, times the scales in `twice`, as two bf16.
+__host__ __device__ __forceinline__ uint32_t bf16x2_of_codes(uint32_t top, uint32_t twice) {
+  // exponent and mantissa where bf16 has them, 2^126 too small
+  const uint32_t small = ((top >> 6) & 0x01c001c0u) | (top & 0x80008000u);
+  return bf16x2_times(bf16x2_times(small, 0x7e807e80u), twice);
+}
+
 // Eight codes -> code * scale as bf16, number i and number i + 4 in a word. scale: bf16 holds it.
 __host__ __device__ __forceinline__ void bf16x2_pairs(uint32_t word, float scale, uint32_t* pair) {
   const uint32_t twice = bf16x2_exact(scale, scale);
-#pragma unroll  // exponent and mantissa where bf16 has them, 2^126 too small
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t top = word << (12 - 4 * i), small = ((top >> 6) & 0x01c001c0u) | (top & 0x80008000u);
-    pair[i] = bf16x2_times(bf16x2_times(small, 0x7e807e80u), twice);
-  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pair[i] = bf16x2_of_codes(word << (12 - 4 * i), twice);
 }
 
 // The same in order.
@@ -350,18 +366,6 @@ __host__ __device__ __forceinline__ uint32_t fp8x4_nearest(const float* v) {
     word |= (code | bits(v[i]) >> 31 << 7) << (8 * i);
   }
   return word;
-#endif
-}
-
-// b less 64 times the half (0: low, 1: high) of `noise`.
-template <int HALF>
-__host__ __device__ __forceinline__ uint32_t less_noise(uint32_t b, uint32_t noise) {
-#ifdef __CUDA_ARCH__
-  uint32_t found;
-  asm("dp2a.lo.u32.s32 %0, %1, %2, %3;" : "=r"(found) : "r"(noise), "n"(HALF ? 0xc000 : 0xc0), "r"(b));
-  return found;
-#else
-  return b - 64u * (noise >> (16 * HALF) & 0xffffu);
 #endif
 }
 

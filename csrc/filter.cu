@@ -1,6 +1,7 @@
 // Gradients through quantizers with a trust mask; codes back from their rotated basis. See filter.h.
 #include "filter.h"
 
+#include "flips.cuh"
 #include "portable.cuh"
 #include "strips.cuh"
 #include "tile.cuh"
@@ -112,10 +113,15 @@ __global__ void __launch_bounds__(kFilterThreads) filter32_kernel(const __grid_c
   Row<L, WIDE> read;
   read.read(job.g.data, inside ? row * job.g.stride + col : 0);
   const uint32_t passes = __ldg(job.kept + start / L);
-  const uint32_t signs = signs_at(job.signs, kGroup, 0) >> (col % kGroup);
+  const uint32_t* masks = masks_of<kGroup, true>(job.signs);
+  if (masks) __syncthreads();
+  const uint32_t signs = WIDE || job.wide_out ? signs_at(job.signs, kGroup, 0) >> (col % kGroup) : 0u;
   float y[L];
+  if constexpr (!WIDE) {
+    if (masks) flip_pairs<kGroup>(masks, col, read.vectors);
+  }
   read.get(y);
-  if (job.signs.mode != 0) flip(y, signs);
+  if (WIDE && masks) flip(y, signs);
   butterflies<kGroup>(y);
   // a product and not a choice: Inf and NaN that do not pass must still show
 #pragma unroll
@@ -123,8 +129,8 @@ __global__ void __launch_bounds__(kFilterThreads) filter32_kernel(const __grid_c
   butterflies<kGroup>(y);
 #pragma unroll
   for (int i = 0; i < L; ++i) y[i] = y[i] * job.inverse;
-  if (job.signs.mode != 0) flip(y, signs);
   if (job.wide_out) {
+    if (masks) flip(y, signs);
     auto* to = reinterpret_cast<float4*>(static_cast<float*>(job.out) + start);
     if (!inside) return;
 #pragma unroll
@@ -142,6 +148,7 @@ __global__ void __launch_bounds__(kFilterThreads) filter32_kernel(const __grid_c
     out[i] = {bf16x2_nearest(z[0], z[1]), bf16x2_nearest(z[2], z[3]), bf16x2_nearest(z[4], z[5]),
               bf16x2_nearest(z[6], z[7])};
   }
+  if (masks) flip_pairs<kGroup>(masks, col, out);
   store_paired(job.out, inside ? static_cast<int64_t>(2 * start) : -1, out);
 }
 
@@ -175,7 +182,7 @@ __global__ void __launch_bounds__(kFilterThreads) turn_back_kernel(const __grid_
   const Spot16 at(job);
   const int64_t word = (static_cast<int64_t>(at.row) * job.cols + at.col) / kStrip;
   const uint2 codes = __ldg(static_cast<const uint2*>(job.x.data) + word);
-  const float scale = scale_of(job, at.row, at.col), factor = *job.outer * job.inverse;
+  const float scale = scale_of(job, at.row, at.col), factor = *job.outer;
   float y[kStrip];
 #pragma unroll
   for (int i = 0; i < kStrip; ++i) {

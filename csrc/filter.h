@@ -50,7 +50,7 @@ cudaError_t launch_mask(const Filter& job, cudaStream_t stream);
 cudaError_t launch_filter(const Filter& job, cudaStream_t stream);
 
 // E2M1 codes [rows, cols / 2 bytes] at `x` (aligned to 8 bytes), one outer scale -> values in the original basis.
-// inverse: rotation^-1/2
+// inverse: 1 / rotation
 cudaError_t launch_turn_back(const Filter& job, cudaStream_t stream);
 
 }  // namespace fp4dist

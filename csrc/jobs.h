@@ -60,7 +60,7 @@ inline Job job_of(const JobPointers& p, const int64_t* n, const double* f) {
   job.q_cols = number(6);
   job.back = number(7);
   job.back_signs = word(8);
-  job.back_root = real(0);
+  job.back_nth = real(0);
   job.rule = number(9);
   job.noisy = number(10);
   job.rotation = number(11);

@@ -60,18 +60,26 @@ __global__ void __launch_bounds__(kEdenThreads) eden_scales_kernel(const __grid_
   const float shared = __fdiv_rn(floats(found < kInfinity ? found : kInfinity), job.budget);
   const float divisor = shared == 0.0f ? 1.0f : shared;
   if (thread == 0) *job.global_scale = (bits(shared) & 0x7fffffffu) < kInfinity ? divisor : not_a_number();
+  // the 128 blocks of a warp, half a block a thread at a time: neighbours have neighbouring words and vectors. Codes
+  // are on their way while scales are rounded
+  const uint32_t lane = threadIdx.x % 32, half = 8 * (thread - lane) + lane;
+  uint32_t codes[8] = {};
+  if (job.values) {
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) {
+      if (const uint32_t at = half + 32 * i; at / 2 < number) codes[i] = __ldg(job.codes + at);
+    }
+  }
   uint32_t packed = 0;
   if (first < number) packed = rounded_scales(job, divisor, first, number - first < 4 ? number - first : 4);
   if (!job.values) return;
-  // the 128 blocks of a warp, half a block a thread at a time: neighbours store neighbouring vectors
-  const uint32_t lane = threadIdx.x % 32, half = 8 * (thread - lane) + lane;
 #pragma unroll
   for (uint32_t i = 0; i < 8; ++i) {
     const uint32_t at = half + 32 * i;
     const uint32_t bytes = __shfl_sync(0xffffffffu, packed, static_cast<int>(4 * i + lane / 8));
     if (at / 2 >= number) continue;
     uint32_t out[4];
-    bf16x8_values(__ldg(job.codes + at), e4m3_value(bytes >> (8 * (lane / 2 % 4)) & 0xffu), out);
+    bf16x8_values(codes[i], e4m3_value(bytes >> (8 * (lane / 2 % 4)) & 0xffu), out);
     reinterpret_cast<uint4*>(job.values)[at] = {out[0], out[1], out[2], out[3]};
   }
 }

@@ -1,78 +1,14 @@
 // The quantizer of one tile: read, rotate, scale, round, store. Instances are in the quantize_*.cu files.
 //
-// Rows are read from global memory as they lie: a thread has L elements of a row, its neighbours the next ones. The
-// transpose goes through shared memory, 128 elements of the contracted dimension by kColumns of the other; there a
-// thread has L elements of a column.
+// Rows are read from global memory as they lie: a thread has L elements of a row, its neighbours the next ones. A
+// transpose that direct.cuh does not take goes through shared memory, 128 elements of the contracted dimension by
+// kColumns of the other; there a thread has L elements of a column.
 #pragma once
 
+#include "direct.cuh"
 #include "quantize_families.h"
-#include "round.cuh"
 
 namespace fp4dist {
-
-// Quantizes the L elements y of a row at (row, col); `inside` is false for a thread without an element of its own,
-// which takes part in exchanges only. Gives magnitude bits for `top`.
-template <class S>
-__device__ __forceinline__ uint32_t quantize_row(const Job& job, const Whole& whole, float (&y)[S::L], int row, int col,
-                                                 bool inside) {
-  constexpr int E = S::E, L = S::L;
-  if constexpr (S::ROT > 1) {
-    if (job.signs.mode != 0) flip(y, whole.signs >> (col % 32));
-    butterflies<S::ROT>(y);
-  }
-  if constexpr (S::RULE == kFloor) {
-    static_assert(S::W == L, "a block, or half of one, for each thread");
-    if (values_alone(job)) {
-      const Spot spot{row, col, inside};
-      const uint32_t byte = job.narrow == kToE5M2 ? quantize_values<2, S>(job, whole, spot, y)
-                                                  : quantize_values<3, S>(job, whole, spot, y);
-      return inside && byte != 255u ? byte : 0u;
-    }
-  }
-  if constexpr (S::RULE == kMeasure) return inside ? bits(largest<L>(y)) : 0u;
-  uint32_t words[L / 8];
-  uint32_t top = 0;
-#pragma unroll
-  for (int b = 0; b < L / S::W; ++b) {
-    const int at = col + b * S::W;
-    if constexpr (S::RULE == kEden) {
-      const float corrected = choose_eden<S>(job, y + b * E, words + b * (E / 8));
-      const uint32_t magnitude = bits(corrected) & 0x7fffffffu;
-      top = magnitude > top ? magnitude : top;
-      if (inside) static_cast<float*>(job.scales)[static_cast<int64_t>(row) * (job.cols / E) + at / E] = corrected;
-    } else {
-      const uint32_t byte = quantize_block<S>(job, whole, {row, at, inside}, y + b * S::W, words + b * (S::W / 8));
-      if (inside && job.scales && at % E == 0) store_scale<S>(job, row, at, byte);
-      if (!S::kTensorScale && byte != 255u) top = byte > top ? byte : top;
-    }
-  }
-  if (inside && job.codes) store_codes<L / 8>(job.codes + element_at(job, row, col) / 8, words);
-  return inside ? top : 0u;
-}
-
-// The largest `top` of the block's threads goes to job.top; largest: of `Whole`.
-__device__ __forceinline__ void raise(const Job& job, uint32_t top, int largest) {
-  __shared__ uint32_t tops[kThreads / 32];
-  if (!job.top) return;
-  top = __reduce_max_sync(kWarp, top);
-  __syncthreads();  // a pair comes here twice
-  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  top = __reduce_max_sync(kWarp, threadIdx.x < kThreads / 32 ? tops[threadIdx.x] : 0u);
-  if (threadIdx.x != 0 || top == 0) return;
-  atomicMax(job.top, top);
-  if (job.narrow && static_cast<int>(top) > largest) job.memory[kMisfits] = 1;
-}
-
-// Whether codes are asked for only because values alone did not fit, and they did.
-template <class S>
-__device__ __forceinline__ bool needless(const Job& job) {
-  if constexpr (S::RULE == kFloor) return job.narrow == kMisfitsAlone && job.memory[kMisfits] == 0;
-  return false;
-}
-
-// ---- kernels --------------------------------------------------------------------------------------------------------
 
 // Strips of L elements, in rows: BR > 1 puts the rows of a block side by side, so that lanes exchange over them.
 template <class S, bool WIDE>
@@ -104,13 +40,19 @@ __global__ void __launch_bounds__(kThreads, S::kResident) rows_kernel(const __gr
   Spot at = spot();
   if (kAhead) next.read(job.data, at.row * job.stride + at.col);
   const Whole whole = whole_of<S>(job);
+  const uint32_t* masks = WIDE ? nullptr : masks_of<S::ROT, true>(job.signs);
+  if (masks) __syncthreads();
   uint32_t top = 0;
   // all threads of a block make the same number of rounds: lanes exchange
   for (uint32_t round = blockIdx.x * kEach; round < number; round += stride) {
     float y[L];
     if (!kAhead) next.read(job.data, at.row * job.stride + at.col);
-    next.get(y);
     const Spot now = at;
+    if constexpr (!WIDE) {
+      if (masks) flip_pairs<S::ROT>(masks, now.col, next.vectors);
+    }
+    next.get(y);
+    if (WIDE && job.signs.mode != 0) flip(y, whole.signs >> (now.col % 32));
     step();
     at = spot();
     if (kAhead && round + stride < number) next.read(job.data, at.row * job.stride + at.col);
@@ -121,44 +63,64 @@ __global__ void __launch_bounds__(kThreads, S::kResident) rows_kernel(const __gr
 }
 
 // Two strips of L elements for each thread. Neighbouring lanes exchange: along the contracted dimension where a
-// rotation is longer than L, over the rows of a block of several.
+// rotation is longer than L, over the rows of a block of several. masks: of columns, or null.
 template <class S, bool WIDE>
-__device__ __forceinline__ void transposed_tile(const Job& job, const Whole& whole, const uint4* tile, int col,
-                                                int row) {
+__device__ __forceinline__ void transposed_tile(const Job& job, const Whole& whole, const uint32_t* masks,
+                                                const uint4* tile, int col, int row) {
   constexpr int L = S::L;
   static_assert(S::kStrips * S::kColumns == 2 * kThreads, "two strips a thread");
-  uint32_t top = 0;
+  if constexpr (!WIDE && S::BR == 1) {
+    const int at = static_cast<int>(threadIdx.x) % S::kStrips * L;
+    const int column = static_cast<int>(threadIdx.x) / S::kStrips * 2;
+    uint32_t words[L];
+    tile_columns<L, S::kColumns>(tile, at, column, words);
+    if (masks) flip_columns<S::ROT>(masks, col + at, words);
+    raise(job, quantize_columns<S, 1>(job, whole, words, row + column, col + at), whole.largest);
+  } else {
+    uint32_t top = 0;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 2 * kThreads; i += kThreads) {
-    const int strip = S::BR == 1 ? i % S::kStrips : i / S::kColumns;
-    const int column = S::BR == 1 ? i / S::kStrips : i % S::kColumns;
-    float y[L];
-    tile_column<L, S::kColumns, WIDE>(tile, strip * L, column, y);
-    if (!WIDE && job.source >= kCodesE4M3) {
+    for (int i = threadIdx.x; i < 2 * kThreads; i += kThreads) {
+      const int strip = S::BR == 1 ? i % S::kStrips : i / S::kColumns;
+      const int column = S::BR == 1 ? i / S::kStrips : i % S::kColumns;
+      const int r = row + column, c = col + strip * L;
+      float y[L];
+      tile_column<L, S::kColumns, WIDE>(tile, strip * L, column, y);
+      if (!WIDE && job.source >= kCodesE4M3) {
 #pragma unroll
-      for (int j = 0; j < L; ++j) y[j] = y[j] * whole.post;
+        for (int j = 0; j < L; ++j) y[j] = y[j] * whole.post;
+      }
+      if (WIDE && job.back > 1) {  // the signs of the rotation are there, those that codes are turned back from are not
+        const float sign = job.back_signs >> (r % 32) & 1u ? -1.0f : 1.0f;
+#pragma unroll
+        for (int j = 0; j < L; ++j) y[j] = y[j] * sign;
+      } else if (WIDE && job.signs.mode != 0) {
+        flip(y, whole.signs >> (c % 32));
+      }
+      const uint32_t found = quantize_row<S>(job, whole, y, r, c, r < job.rows && c < job.cols);
+      top = found > top ? found : top;
     }
-    const int r = row + column, c = col + strip * L;
-    const uint32_t found = quantize_row<S>(job, whole, y, r, c, r < job.rows && c < job.cols);
-    top = found > top ? found : top;
+    raise(job, top, whole.largest);
   }
-  raise(job, top, whole.largest);
 }
 
 // Tiles of the transpose: memory is [job.cols, job.rows].
 template <class S, bool WIDE>
-__global__ void __launch_bounds__(kThreads, WIDE ? 2 : S::kResidentTurned)
+__global__ void __launch_bounds__(kThreads, WIDE && S::kResidentTurned > 3 ? 3 : S::kResidentTurned)
     columns_kernel(const __grid_constant__ Job job) {
   if (needless<S>(job)) return;
   FP4DIST_DYNAMIC_SHARED(memory);
   auto* tile = reinterpret_cast<uint4*>(memory);
   const int across = (job.rows + S::kColumns - 1) / S::kColumns;
   const int col = blockIdx.x / across * kDepth, row = blockIdx.x % across * S::kColumns;
-  fill_tile<S::kColumns, WIDE>(job, tile, col, row);
+  const uint32_t* masks = masks_of<S::ROT, false>(job.signs);
+  if constexpr (WIDE) {
+    if (job.back > 1) __syncthreads();
+  }
+  fill_tile<S::kColumns, WIDE>(job, tile, col, row, masks, kSigns<S::ROT>);
   const Whole whole = whole_of<S>(job);
   wait_for_copies();
   __syncthreads();
-  transposed_tile<S, WIDE>(job, whole, tile, col, row);
+  transposed_tile<S, WIDE>(job, whole, masks, tile, col, row);
 }
 
 // Resident blocks that a pair's kernel leaves registers for: at most three, and no more than either alone.
@@ -175,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, pair_resident<A, B>)
   auto* tile = reinterpret_cast<uint4*>(memory);
   const int across = (a.cols + B::kColumns - 1) / B::kColumns;
   const int row = blockIdx.x / across * kDepth, col = blockIdx.x % across * B::kColumns;
+  const uint32_t *of_pairs = masks_of<A::ROT, true>(a.signs), *of_columns = masks_of<B::ROT, false>(b.signs);
   fill_tile<B::kColumns, false>(b, tile, row, col);
   const Whole of_a = whole_of<A>(a);
   wait_for_copies();
@@ -184,12 +147,16 @@ __global__ void __launch_bounds__(kThreads, pair_resident<A, B>)
   for (int i = threadIdx.x; i < kDepth * kStrips; i += kThreads) {
     const int r = row + i / kStrips, c = col + i % kStrips * L;
     float y[L];
-    tile_row<L, B::kColumns>(tile, i / kStrips, i % kStrips, y);
+    uint4 vectors[L / 8];
+    tile_row<L, B::kColumns>(tile, i / kStrips, i % kStrips, vectors);
+    if (of_pairs) flip_pairs<A::ROT>(of_pairs, c, vectors);
+#pragma unroll
+    for (int j = 0; j < L / 8; ++j) unpack<false>(vectors[j], &y[8 * j]);
     const uint32_t found = quantize_row<A>(a, of_a, y, r, c, r < a.rows && c < a.cols);
     top = found > top ? found : top;
   }
   raise(a, top, of_a.largest);
-  transposed_tile<B, false>(b, whole_of<B>(b), tile, row, col);
+  transposed_tile<B, false>(b, whole_of<B>(b), of_columns, tile, row, col);
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
@@ -219,6 +186,20 @@ cudaError_t allow_shared(Kernel kernel, int bytes) {
 
 template <class S, bool WIDE>
 cudaError_t launch(const Job& job, cudaStream_t stream) {
+  if constexpr (!WIDE && S::BR == 1 && S::L == 16 && S::NOISY) {
+    if (is_held(job)) {
+      const auto kernel = &held_kernel<S>;
+      FP4DIST_LAUNCH(kernel, static_cast<unsigned>(tiles(job, kHeldColumns)), kThreads, 0, stream, job);
+      return cudaGetLastError();
+    }
+  }
+  if constexpr (!WIDE && S::BR == 1) {
+    if (is_direct(job)) {
+      const auto kernel = &direct_kernel<S>;
+      FP4DIST_LAUNCH(kernel, static_cast<unsigned>(tiles(job, S::kColumns)), kThreads, 0, stream, job);
+      return cudaGetLastError();
+    }
+  }
   if (job.turned) {
     const int bytes = kDepth * S::kColumns * (WIDE ? 4 : 2);
     const auto kernel = &columns_kernel<S, WIDE>;

@@ -51,7 +51,7 @@ struct Job {
   int32_t q_rows, q_cols;
   int32_t back;         // size of the rotation that codes are turned back from, 1 for none
   uint32_t back_signs;  // its signs, repeated to 32 bits
-  float back_root;      // 1 / sqrt(back)
+  float back_nth;       // 1 / back
   // the quantizer
   int32_t rule, noisy, rotation, block_rows, block_cols;
   int32_t metric;      // of four-over-six: 0 mse, 1 mae, 2 absmax

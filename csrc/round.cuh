@@ -21,7 +21,7 @@ struct Side {
   static constexpr int kStrips = kDepth / L;  // threads side by side along the contracted dimension
   // resident blocks of threads that registers are to leave room for
   static constexpr bool kThree =
-      RULE == kFourOverSix || RULE == kFloor || (RULE == kEden && L == 32) || (NOISY && ROT == 1);
+      RULE == kFourOverSix || RULE == kFloor || (RULE == kEden && ROT == 128) || (NOISY && ROT == 1);
   static constexpr int kResident = kThree ? 3 : (L == 32 ? 2 : 4);
   static constexpr int kResidentTurned = L == 32 ? (RULE == kFloor && ROT == 1 ? 3 : 2) : (NOISY ? 3 : kResident);
   static constexpr bool kTensorScale = RULE == kAmax || RULE == kFourOverSix;

@@ -66,9 +66,12 @@ struct Row {
   }
 };
 
-// Where chunk number `chunk` of 16 bytes of tile row `row` stands: neither rows nor columns meet in a bank.
+// Where chunk number `chunk` of 16 bytes of tile row `row` stands: neither rows nor columns meet in a bank; in fp32
+// (WIDE) nor do eight lanes that have strips of 32 elements.
+template <bool WIDE>
 __device__ __forceinline__ int chunk_at(int row, int chunk, int chunks) {
-  return row * chunks + (chunk ^ ((row >> 4) & 7));
+  const int moved = WIDE ? chunk >> 3 & 3 ^ (row & 1) << 2 ^ (row & 2) : 0;
+  return row * chunks + (chunk ^ (row >> 4 & 7) ^ moved);
 }
 
 // Where the scales of codes are; shifts in place of divisions where blocks have sizes of powers of two.
@@ -129,7 +132,7 @@ __device__ __forceinline__ void fill_from_codes(const Job& job, uint4* tile, int
   const auto put = [&](int i, uint32_t word, uint32_t byte) {
     uint32_t out[4];
     bf16x8_values(word, scale_value(job, byte), out);
-    tile[chunk_at(i / kChunks, i % kChunks, kChunks)] = {out[0], out[1], out[2], out[3]};
+    tile[chunk_at<false>(i / kChunks, i % kChunks, kChunks)] = {out[0], out[1], out[2], out[3]};
   };
   if (!codes_in(job, 4) || !scales.powers) {
 #pragma unroll 1
@@ -192,12 +195,14 @@ struct Codes32 {
   }
 };
 
-// Fills an fp32 tile with codes' values, turned back from their rotation.
+// Fills an fp32 tile with codes' values, turned back from their rotation but for its signs, which are those of columns
+// and so left to whoever has one. masks: of the next rotation's signs, a row of memory each, or null; see flips.cuh.
 template <int COLUMNS>
-__device__ __forceinline__ void fill_turned_back(const Job& job, uint4* tile, int row, int col) {
+__device__ __forceinline__ void fill_turned_back(const Job& job, uint4* tile, int row, int col, const uint32_t* masks,
+                                                 int signs) {
   constexpr int kStrips = COLUMNS / 32, kRounds = kDepth * kStrips / kThreads;
   const ScalePlaces scales(job);
-  const float factor = *job.q_global * job.back_root;
+  const float factor = *job.q_global;
   const bool vectors = codes_in(job, 16) && scales.powers;
   const auto next = [&](int i) {
     Codes32 codes{};
@@ -220,23 +225,25 @@ __device__ __forceinline__ void fill_turned_back(const Job& job, uint4* tile, in
     codes.get(job, factor, y);
     if (job.back == 16) butterflies<16>(y);
     if (job.back == 32) butterflies<32>(y);
+    const uint32_t mask = masks ? masks[(row + i / kStrips) % signs] : 0u;
+    const float nth = floats(bits(job.back_nth) ^ (mask & kSign));
 #pragma unroll
-    for (int j = 0; j < 32; ++j) y[j] = y[j] * job.back_root;
-    if (job.back_signs != 0) flip(y, job.back_signs);
+    for (int j = 0; j < 32; ++j) y[j] = y[j] * nth;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      tile[chunk_at(i / kStrips, i % kStrips * 8 + j, COLUMNS / 4)] = {bits(y[4 * j]), bits(y[4 * j + 1]),
-                                                                       bits(y[4 * j + 2]), bits(y[4 * j + 3])};
+      tile[chunk_at<true>(i / kStrips, i % kStrips * 8 + j, COLUMNS / 4)] = {bits(y[4 * j]), bits(y[4 * j + 1]),
+                                                                             bits(y[4 * j + 2]), bits(y[4 * j + 3])};
     }
   }
 }
 
 // Fills a tile [kDepth, COLUMNS] of fp32 (WIDE) or bf16 with what lies at (row, col) of memory [job.cols, job.rows];
-// zeros outside. Codes that are turned back need fp32. Copies may still be under way afterwards.
+// zeros outside. Codes that are turned back need fp32; masks, signs: see there. Copies may be under way afterwards.
 template <int COLUMNS, bool WIDE>
-__device__ __forceinline__ void fill_tile(const Job& job, uint4* tile, int row, int col) {
+__device__ __forceinline__ void fill_tile(const Job& job, uint4* tile, int row, int col,
+                                          const uint32_t* masks = nullptr, int signs = 1) {
   constexpr int kPer = WIDE ? 4 : 8, kChunks = COLUMNS / kPer, kSize = WIDE ? 4 : 2;
-  if (WIDE && job.back > 1) return fill_turned_back<COLUMNS>(job, tile, row, col);
+  if (WIDE && job.back > 1) return fill_turned_back<COLUMNS>(job, tile, row, col, masks, signs);
   if (!WIDE && job.source >= kCodesE4M3) return fill_from_codes<COLUMNS>(job, tile, row, col);
   const auto* data = static_cast<const unsigned char*>(job.data);
   const bool vectors =
@@ -247,7 +254,7 @@ __device__ __forceinline__ void fill_tile(const Job& job, uint4* tile, int row, 
       const int r = i / kChunks, c = i % kChunks * kPer;
       const bool inside = row + r < job.cols && col + c < job.rows;
       const void* from = inside ? data + ((row + r) * job.stride + col + c) * kSize : data;
-      copy_async16(&tile[chunk_at(r, i % kChunks, kChunks)], from, inside);
+      copy_async16(&tile[chunk_at<WIDE>(r, i % kChunks, kChunks)], from, inside);
     }
     return;
   }
@@ -255,7 +262,7 @@ __device__ __forceinline__ void fill_tile(const Job& job, uint4* tile, int row, 
     const int r = i / COLUMNS, c = i % COLUMNS;
     const bool inside = row + r < job.cols && col + c < job.rows;
     const float value = inside ? element<WIDE>(job.data, (row + r) * job.stride + col + c) : 0.0f;
-    const int place = chunk_at(r, c / kPer, kChunks) * kPer + c % kPer;
+    const int place = chunk_at<WIDE>(r, c / kPer, kChunks) * kPer + c % kPer;
     if constexpr (WIDE) {
       reinterpret_cast<float*>(tile)[place] = value;
     } else {
@@ -270,17 +277,25 @@ __device__ __forceinline__ void tile_column(const uint4* tile, int row, int colu
   constexpr int kPer = WIDE ? 4 : 8;
 #pragma unroll
   for (int i = 0; i < L; ++i) {
-    y[i] = element<WIDE>(tile, chunk_at(row + i, column / kPer, COLUMNS / kPer) * kPer + column % kPer);
+    y[i] = element<WIDE>(tile, chunk_at<WIDE>(row + i, column / kPer, COLUMNS / kPer) * kPer + column % kPer);
   }
 }
 
-// L elements of a row of a bf16 tile.
+// L words of the columns `column` (an even one) and `column` + 1 of a bf16 tile.
 template <int L, int COLUMNS>
-__device__ __forceinline__ void tile_row(const uint4* tile, int row, int strip, float (&y)[L]) {
+__device__ __forceinline__ void tile_columns(const uint4* tile, int row, int column, uint32_t (&words)[L]) {
 #pragma unroll
-  for (int i = 0; i < L / 8; ++i) {
-    unpack<false>(tile[chunk_at(row, strip * (L / 8) + i, COLUMNS / 8)], &y[8 * i]);
+  for (int i = 0; i < L; ++i) {
+    const int chunk = chunk_at<false>(row + i, column / 8, COLUMNS / 8);
+    words[i] = reinterpret_cast<const uint32_t*>(tile)[chunk * 4 + column % 8 / 2];
   }
+}
+
+// L elements of a row of a bf16 tile, as vectors.
+template <int L, int COLUMNS>
+__device__ __forceinline__ void tile_row(const uint4* tile, int row, int strip, uint4 (&v)[L / 8]) {
+#pragma unroll
+  for (int i = 0; i < L / 8; ++i) v[i] = tile[chunk_at<false>(row, strip * (L / 8) + i, COLUMNS / 8)];
 }
 
 }  // namespace fp4dist

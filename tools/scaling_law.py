@@ -24,12 +24,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fp4dist.errors import Fp4DistError
+from fp4dist.errors import DataError, Fp4DistError
 from fp4dist.study.law import CONSTANTS, Efficiency, Fit, Law, Point, bootstrap, efficiency, fit, interval
 from fp4dist.study.points import FULL, Method, load_losses, study_points
 from fp4dist.study.precision import Precision, best, crossover, precisions
 
 SIZES = (1e8, 1e9, 1e10, 1e11)
+Fitted = tuple[Efficiency, list[Efficiency]]  # under the best law, and under the bootstrap's
+Crossing = tuple[float, tuple[float, float] | None]  # tokens a parameter, and their interval
 
 
 def main() -> int:
@@ -37,6 +39,8 @@ def main() -> int:
     args = _parse()
     try:
         source, laws, points = _points(args)
+        if args.law not in ("fitted", *laws):
+            raise DataError(f"--law {args.law}: {args.losses} has {', '.join(('fitted', *laws))}")
         found = fit(points[FULL])
         drawn = bootstrap(points[FULL], found.law, args.bootstrap, args.seed) if args.bootstrap else []
         methods = {m: _efficiencies(found.law, drawn, m, own) for m, own in points.items() if m != FULL}
@@ -45,11 +49,13 @@ def main() -> int:
         return 2
     laws = {"fitted": found.law, **laws}
     options = precisions(*args.efficiencies, *args.speeds)
-    lines = [f"source: {source}", *_constants(found, drawn, laws), *_methods(methods), *_regions(laws, options)]
-    lines += [_prediction(laws, options, *map(float, text.split(":"))) for text in args.predict]
+    regions = {name: _crossings(law, drawn if name == "fitted" else [], options) for name, law in laws.items()}
+    lines = [f"source: {source}", *_constants(found, drawn, laws), *_methods(methods), *_regions(regions, options)]
+    lines += [_prediction(laws, options, *budget) for budget in args.predict]
     print("\n".join(lines))
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "law.json").write_text(json.dumps(_results(source, found, drawn, methods), indent=1) + "\n")
+    results = _results(source, found, drawn, methods, regions)
+    (args.out / "law.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     _draw_fit(found.law, points, args.out / "fit.png")
     _draw_regions(laws[args.law], options, args.out / "regions.png")
     return 0
@@ -66,7 +72,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--efficiencies", type=_pair, default=(0.65, 0.95), help="eff_N,eff_D of FP4 for the regions")
     parser.add_argument("--speeds", type=_pair, default=(2.0, 2.0), help="of FP4 over FP8: forward,backward")
     parser.add_argument("--law", default="fitted", help="whose regions are drawn: fitted, or a law of the file")
-    parser.add_argument("--predict", action="append", default=[], metavar="N:D", help="a budget; repeatable")
+    parser.add_argument(
+        "--predict", action="append", type=_budget, default=[], metavar="N:D", help="a budget; repeatable"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/scaling_law"), help="folder of results")
     return parser.parse_args()
 
@@ -76,6 +84,11 @@ def _pair(text: str) -> tuple[float, float]:
     return first, second
 
 
+def _budget(text: str) -> tuple[float, float]:
+    parameters, tokens = map(float, text.split(":"))
+    return parameters, tokens
+
+
 def _points(args: argparse.Namespace) -> tuple[str, dict[str, Law], dict[Method, list[Point]]]:
     if args.losses.endswith(".json"):
         return args.losses, {}, study_points(Path(args.losses))
@@ -83,9 +96,7 @@ def _points(args: argparse.Namespace) -> tuple[str, dict[str, Law], dict[Method,
     return file.source, {name: Law(**constants) for name, constants in file.laws.items()}, points
 
 
-def _efficiencies(
-    law: Law, drawn: list[Law], method: Method, points: list[Point]
-) -> tuple[Efficiency, list[Efficiency]]:
+def _efficiencies(law: Law, drawn: list[Law], method: Method, points: list[Point]) -> Fitted:
     """(stage 2 under the best law, and under each of the bootstrap's)."""
     which = "n" if method[1] == FULL[1] else "d" if method[0] == FULL[0] else "both"
     return efficiency(law, points, which), [efficiency(other, points, which) for other in drawn[:100]]
@@ -106,7 +117,7 @@ def _constants(found: Fit, drawn: list[Law], laws: dict[str, Law]) -> list[str]:
     return [*lines, ""]
 
 
-def _methods(methods: dict[Method, tuple[Efficiency, list[Efficiency]]]) -> list[str]:
+def _methods(methods: dict[Method, Fitted]) -> list[str]:
     lines = ["| forward | backward | eff_N | 95 % | eff_D | 95 % |", "|---|---|---|---|---|---|"]
     for (forward, backward), (one, drawn) in methods.items():
         cells = [forward, backward]
@@ -119,7 +130,13 @@ def _methods(methods: dict[Method, tuple[Efficiency, list[Efficiency]]]) -> list
     return [*lines, ""] if methods else []
 
 
-def _regions(laws: dict[str, Law], options: list[Precision]) -> list[str]:
+def _crossings(law: Law, drawn: list[Law], options: list[Precision]) -> list[Crossing]:
+    """By size, with the interval of the bootstrap's laws where there are some."""
+    ends = [interval([crossover(other, options, n) for other in drawn]) if drawn else None for n in SIZES]
+    return [(crossover(law, options, n), e) for n, e in zip(SIZES, ends, strict=True)]
+
+
+def _regions(regions: dict[str, list[Crossing]], options: list[Precision]) -> list[str]:
     both = options[-1]
     lines = [
         f"tokens a parameter from which {both.name} is the best precision, eff {both.eff_n:g}/{both.eff_d:g}, FP4"
@@ -128,9 +145,10 @@ def _regions(laws: dict[str, Law], options: list[Precision]) -> list[str]:
         f"| constants | {' | '.join(f'N = {n:.0e}' for n in SIZES)} |",
         f"|---|{'---|' * len(SIZES)}",
     ]
-    lines += [
-        f"| {name} | {' | '.join(f'{crossover(law, options, n):.1f}' for n in SIZES)} |" for name, law in laws.items()
-    ]
+    for name, row in regions.items():
+        lines.append(f"| {name} | {' | '.join(f'{value:.1f}' for value, _ in row)} |")
+        if all(ends is not None for _, ends in row):
+            lines.append(f"| {name}, 95 % | {' | '.join(f'{e[0]:.0f} to {e[1]:.0f}' for _, e in row if e)} |")
     return [*lines, ""]
 
 
@@ -144,15 +162,20 @@ def _prediction(laws: dict[str, Law], options: list[Precision], parameters: floa
 
 
 def _results(
-    source: str, found: Fit, drawn: list[Law], methods: dict[Method, tuple[Efficiency, list[Efficiency]]]
+    source: str, found: Fit, drawn: list[Law], methods: dict[Method, Fitted], regions: dict[str, list[Crossing]]
 ) -> dict[str, Any]:
+    efficiencies = []
+    for (forward, backward), (one, others) in methods.items():
+        ends = {name: interval([getattr(e, name) for e in others]) for name in ("eff_n", "eff_d")} if others else None
+        efficiencies.append({"forward": forward, "backward": backward, **asdict(one), "intervals": ends})
     return {
         "source": source,
         "law": asdict(found.law),
         "cost": found.cost,
         "residuals": found.residuals,
         "intervals": {c: interval([getattr(law, c) for law in drawn]) for c in CONSTANTS} if drawn else None,
-        "efficiencies": [{"forward": m[0], "backward": m[1], **asdict(one)} for m, (one, _) in methods.items()],
+        "efficiencies": efficiencies,
+        "regions": {name: dict(zip(map(str, SIZES), row, strict=True)) for name, row in regions.items()},
     }
 
 

@@ -3,7 +3,8 @@
 
     python tools/study.py plan ordering                                   # the runs and their sizes
     python tools/study.py run ordering --out runs/study --minutes 7 --devices cuda:0,cuda:1
-    python tools/study.py report ordering --out runs/study                # table.md, results.json, gaps.png, curves.png
+    python tools/study.py report ordering --out runs/study                # table.md, results.json and four pictures
+    python tools/study.py report ordering --out docs/studies/ordering/results.json   # the same again
 
 `run` starts --jobs processes on each device; they share the folder of records, take what nobody has finished and stop
 when --minutes are over. A run that cannot end by then is not begun; with --state it is cut, kept there (weights and
@@ -27,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from fp4dist.errors import Fp4DistError
+from fp4dist.errors import ConfigError, DataError, Fp4DistError
 from fp4dist.spec.run import BackendConfig
 from fp4dist.study.pieces import clear_claims, read_records, work
 from fp4dist.study.plan import Study, fingerprint, jobs, load_study, name_of
 from fp4dist.study.report import write_report
+from fp4dist.study.results import read_results
 from fp4dist.study.training import load_data
 
 
@@ -45,7 +47,7 @@ def main() -> int:
             print(_plan(study, args))
             return 0
         if args.command == "report":
-            print(write_report(study, read_records(args.out), args.report or args.out))
+            print(_report(study, args))
             return 0
         return _work(study, args) if args.worker is not None else _run(study, args)
     except (Fp4DistError, OSError) as e:
@@ -59,7 +61,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=rest, epilog=summary, formatter_class=raw)
     parser.add_argument("command", choices=("plan", "run", "report"))
     parser.add_argument("study", help="a study file, or the name of a shipped one")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of records")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/study"), help="folder of records; `report`: or a results.json"
+    )
     parser.add_argument("--report", type=Path, help="where `report` writes; default: --out")
     parser.add_argument("--minutes", type=float, default=7.0, help="of `run`")
     parser.add_argument("--devices", type=_words, default=["cuda" if torch.cuda.is_available() else "cpu"])
@@ -67,15 +71,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--state", type=Path, help="folder of cut runs; without it runs are never cut")
     parser.add_argument("--last", action="store_true", help="with --state: begin only what can end in time")
     parser.add_argument("--arms", type=_words, default=[], help="only these, comma-separated")
-    parser.add_argument("--seeds", type=_words, default=[], help="only these")
-    parser.add_argument("--tokens", type=_words, default=[], help="other budgets, such as 20e6")
+    parser.add_argument("--seeds", type=_numbers, default=(), help="only these")
+    parser.add_argument("--tokens", type=_numbers, default=(), help="other budgets, such as 20e6")
     parser.add_argument("--micro-batch", type=int, help="sequences of a forward pass, in place of the study's")
     parser.add_argument("--train", type=_words, default=[], help="other prefixes of token files")
     parser.add_argument("--valid", type=_words, default=[], help="likewise, held out")
     parser.add_argument("--allow-reference", action="store_true", help="let the slow reference run on a GPU")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # the deadline, in a process that `run` starts
     args = parser.parse_args()
-    args.arms, args.seeds = tuple(args.arms), tuple(int(s) for s in args.seeds)
+    args.arms = tuple(args.arms)
     return args
 
 
@@ -83,16 +87,35 @@ def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(float(word)) for word in _words(text))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers such as 1,2 or 20e6 are wanted") from e
+
+
 def _study(args: argparse.Namespace) -> Study:
     """The study with what the command line changes."""
     study = load_study(args.study)
     changes = {}
     if args.tokens:
-        changes["tokens"], changes["baseline_tokens"] = tuple(int(float(t)) for t in args.tokens), ()
+        changes["tokens"], changes["baseline_tokens"] = args.tokens, ()
     if args.micro_batch:
         changes["sizes"] = tuple(dataclasses.replace(size, micro_batch=args.micro_batch) for size in study.sizes)
     changes |= {key: tuple(getattr(args, key)) for key in ("train", "valid") if getattr(args, key)}
-    return dataclasses.replace(study, **changes)
+    try:
+        return dataclasses.replace(study, **changes)
+    except ValueError as e:
+        raise ConfigError(f"study {study.name} with {', '.join(changes)} of the command line: {e}") from e
+
+
+def _report(study: Study, args: argparse.Namespace) -> str:
+    """Write the report of a folder of records, or of what a report has kept of them; its page."""
+    if not args.out.exists():
+        raise DataError(f"--out {args.out}: no such folder of records, nor a report's results.json")
+    if args.out.is_file():
+        return write_report(study, read_results(args.out), args.report or args.out.parent)
+    return write_report(study, read_records(args.out), args.report or args.out)
 
 
 def _plan(study: Study, args: argparse.Namespace) -> str:

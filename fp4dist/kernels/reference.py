@@ -12,7 +12,7 @@ from fp4dist.numerics import dequantize, matmul, quantize, requantize
 from fp4dist.numerics.estimators import filter_by_mask, filter_by_scales, mask, slope
 from fp4dist.numerics.matmul import Operand
 from fp4dist.numerics.quantize import original
-from fp4dist.numerics.splits import decompose
+from fp4dist.numerics.splits import decompose, hot_residual, in_precision, take_channels
 
 for _op, _fn in (("quantize", quantize), ("requantize", requantize), ("dequantize", dequantize), ("matmul", matmul)):
     kernel(_op, backend="reference")(_fn)  # type: ignore[arg-type]
@@ -23,6 +23,9 @@ kernel("filter_by_scales", backend="reference")(filter_by_scales)
 kernel("slope", backend="reference")(slope)
 kernel("original", backend="reference")(original)
 kernel("decompose", backend="reference")(decompose)
+kernel("take_channels", backend="reference")(take_channels)
+kernel("in_precision", backend="reference")(in_precision)
+kernel("hot_residual", backend="reference")(hot_residual)
 
 
 @kernel("grouped_matmul", backend="reference")

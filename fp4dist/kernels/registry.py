@@ -3,8 +3,8 @@
 Operations and their signatures are those of the reference: `quantize`, `requantize`, `dequantize`, `amax`, `matmul`,
 `grouped_matmul`. Two more save passes over memory and are optional, codes being enough without them: `quantize_pair`
 (a matrix and its transpose at once) and `to_carrier` (codes -> `numerics.tensor.Carrier`). `mask`, `filter_by_mask`,
-`filter_by_scales` and `slope` are those of `numerics.estimators`, `original` that of `numerics.quantize`, `decompose`
-that of `numerics.splits`.
+`filter_by_scales` and `slope` are those of `numerics.estimators`, `original` that of `numerics.quantize`, `decompose`,
+`take_channels`, `in_precision` and `hot_residual` those of `numerics.splits`.
 WIRE_OPS are the codec's of `comm`, which has its own reference.
 A backend registers a function with `@kernel(op, backend=...)` and a `supports` that returns why not, or None.
 """
@@ -25,6 +25,7 @@ from fp4dist.spec.run import BackendConfig
 Op = Literal[
     "quantize", "requantize", "dequantize", "amax", "matmul", "grouped_matmul", "quantize_pair", "to_carrier", "mask",
     "filter_by_mask", "filter_by_scales", "original", "decompose", "slope",
+    "take_channels", "in_precision", "hot_residual",
     "wire_encode", "wire_accumulate", "wire_recode", "wire_sum_plain",
 ]  # fmt: skip
 Backend = Literal["reference", "triton", "cuda"]

@@ -5,8 +5,9 @@
         model(batch).backward()
     for (path, slot), found in watch.read().items(): ...
 
-Counted is on the first rows of each operand, in the basis of its codes (rotated where the slot rotates). Results do
-not change; pairs of operands that one kernel makes are made by two, with the same bits.
+Counted is on the first rows of each operand, in the basis of its codes (rotated where the slot rotates); of an operand
+in parts what its codes hold, without what stands beside them. Results do not change; pairs of operands that one kernel
+makes are made by two, with the same bits.
 """
 
 from __future__ import annotations

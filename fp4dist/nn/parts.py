@@ -18,9 +18,9 @@ from torch import Tensor
 from fp4dist.nn.comm import SLOT_DIMS
 from fp4dist.nn.controllers import chosen_columns
 from fp4dist.numerics.splits import Parts, Place, beyond, decompose, hot_residual, in_precision, take_channels
-from fp4dist.numerics.tensor import BlockScaledTensor, Chosen
+from fp4dist.numerics.tensor import BlockScaledTensor, Chosen, PartedTensor
 from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe, QuantSpec
-from fp4dist.spec.splits import Channels, HotResidual, LowRank, Mean, Occ, TopK
+from fp4dist.spec.splits import Channels, HotResidual, LowRank, Mean, Occ, Precision, TopK
 
 MANY_TOKENS = 2**20
 _REUSED = {"dgrad.w": "fprop.w", "wgrad.x": "fprop.x"}  # slots that may read the forward operand of another
@@ -32,7 +32,7 @@ def parted_slots(recipe: LinearRecipe) -> frozenset[str]:
     found |= {slot for slot in ("fprop.w", "wgrad.dy") if recipe.slot(slot) is not None and _chooser(recipe, slot)}
     for slot, source in _REUSED.items():
         spec = recipe.slot(slot)
-        if spec is not None and spec.source == "reuse" and source in found:
+        if spec is not None and spec.source == "reuse" and source in found and not _meets_alone(recipe, source):
             found.add(slot)
     return frozenset(found)
 
@@ -49,6 +49,12 @@ def _specs_of(recipe: LinearRecipe, slot: str) -> list[QuantSpec]:
     return [s for s in (spec, reused) if s is not None]
 
 
+def _meets_alone(recipe: LinearRecipe, slot: str) -> bool:
+    """Whether a partner alone stands beside the slot's codes: it is for that slot's GEMM, not for who reuses them."""
+    spec = recipe.slot(slot)
+    return spec is not None and not spec.has_parts and isinstance(_chooser(recipe, slot), HotResidual)
+
+
 def _waits(spec: QuantSpec) -> bool:
     return spec.split is None and (spec.outlier is None or isinstance(spec.outlier, Channels | HotResidual))
 
@@ -58,6 +64,23 @@ def _chooser(recipe: LinearRecipe, slot: str) -> Channels | HotResidual | None:
     other = {"fprop.w": "fprop.x", "wgrad.dy": "wgrad.x"}.get(slot)
     spec = recipe.slot(other) if other is not None else None
     return spec.outlier if spec is not None and isinstance(spec.outlier, Channels | HotResidual) else None
+
+
+def alone_beside_codes(recipe: LinearRecipe) -> bool:
+    """Whether wgrad.x starts from codes of fprop.x that are zero in the channels that both have beside their codes."""
+    x, again = recipe.slot("fprop.x"), recipe.slot("wgrad.x")
+    if x is None or again is None or again.source != "requant" or x.rotation is not None:
+        return False
+    both = all(isinstance(spec.outlier, Channels) and spec.split is None for spec in (x, again))
+    return both and x.samples == 1 and 0.0 in x.format.element.levels
+
+
+def meets_straight(recipe: LinearRecipe, slot: str) -> bool:
+    """Whether the slot's side meets nothing but a partner, or its partner a side: both may then stay unrotated."""
+    dy, x = recipe.slot("wgrad.dy"), recipe.slot("wgrad.x")
+    if slot not in ("wgrad.dy", "wgrad.x") or dy is None or x is None or dy.has_parts:
+        return False
+    return isinstance(x.outlier, Channels) and x.split is None
 
 
 def token_dim(slot: str) -> int | None:
@@ -72,6 +95,18 @@ def channel_dim(slot: str) -> int:
     return dims.index("I") if "I" in dims else 1
 
 
+class Ways(NamedTuple):
+    """How parts are made: by the reference's functions, or by kernels of the same operations."""
+
+    decompose: Callable[[Tensor, QuantSpec, Place], Parts] = decompose
+    take_channels: Callable[[Tensor, Precision, Place], Parts] = take_channels
+    in_precision: Callable[[Tensor, Precision, torch.dtype, Place], Tensor] = in_precision
+    hot_residual: Callable[[Tensor, BlockScaledTensor, QuantSpec, torch.dtype, Place], Tensor] = hot_residual
+
+
+REFERENCE = Ways()
+
+
 @dataclass(frozen=True, slots=True)
 class Taken:
     """One operand while it is quantized: its rest, what stands beside the codes, what its partner meets, and where."""
@@ -80,40 +115,51 @@ class Taken:
     partner: Tensor | None
     residual: bool
     chosen: Chosen | None = None
+    ways: Ways = REFERENCE
 
     def beside(self, main: BlockScaledTensor, spec: QuantSpec, dtype: torch.dtype, place: Place) -> Tensor | None:
         """[R, C] the side, with the rounding error of `main` in the chosen channels where the spec asks for it."""
         if not self.residual:
             return self.parts.side
-        error = hot_residual(self.parts.rest, main, spec, dtype, place)
+        error = self.ways.hot_residual(self.parts.rest, main, spec, dtype, place)
         return error if self.parts.side is None else self.parts.side.to(torch.float32) + error
 
 
 @torch.no_grad()
 def take_out(
-    slot: str, x: Tensor, spec: QuantSpec, recipe: LinearRecipe, place: Place,
-    decompose: Callable[[Tensor, QuantSpec, Place], Parts] = decompose,
+    slot: str, x: Tensor, spec: QuantSpec, recipe: LinearRecipe, place: Place, ways: Ways = REFERENCE
 ) -> Taken:  # fmt: skip
-    """Take out of the slot's operand [R, C] what its spec and the other operand's choice of channels name.
-
-    decompose   a kernel of that operation
-    """
+    """Take out of the slot's operand [R, C] what its spec and the other operand's choice of channels name."""
     chooser, chosen = _chooser(recipe, slot), place.chosen
     partner, inherited = None, None
     if chosen is not None and isinstance(chooser, Channels):
         if slot == "fprop.w":
-            taken = take_channels(x, chooser.precision, place)
+            taken = ways.take_channels(x, chooser.precision, place)
             x, inherited = taken.rest, taken.side
         else:
-            partner = in_precision(x, chooser.precision, x.dtype, place)
+            partner = ways.in_precision(x, chooser.precision, x.dtype, place)
     elif chosen is not None and isinstance(chooser, HotResidual):
         partner = torch.where(chosen, x, 0.0)
-    parts = decompose(x, spec, place)
+    parts = ways.decompose(x, spec, place)
     if inherited is not None:
         parts = Parts(parts.rest, inherited if parts.side is None else parts.side.to(torch.float32) + inherited)
-    return Taken(
-        parts, partner, isinstance(spec.outlier, HotResidual) and chosen is not None, _where(slot, spec, chooser, place)
-    )
+    residual = isinstance(spec.outlier, HotResidual) and chosen is not None
+    return Taken(parts, partner, residual, _where(slot, spec, chooser, place), ways)
+
+
+@torch.no_grad()
+def take_again(forward: PartedTensor, spec: QuantSpec, place: Place, ways: Ways) -> tuple[Tensor, Chosen | None]:
+    """([I, T] what stands beside the codes of wgrad.x, and where) of a forward operand [T, I] beside whose codes chosen
+    channels alone stand.
+    """
+    assert isinstance(spec.outlier, Channels)
+    assert forward.side is not None
+    kept = forward.chosen if forward.chosen is not None and forward.chosen.alone else None
+    side = ways.in_precision(forward.side.t(), spec.outlier.precision, forward.side.dtype, place)
+    if kept is not None:
+        whole = side.new_zeros(forward.shape[1], forward.shape[0])
+        side = whole.index_copy_(0, kept.numbers, side)
+    return side, _where("wgrad.x", spec, None, place)
 
 
 def _where(slot: str, spec: QuantSpec, chooser: Channels | HotResidual | None, place: Place) -> Chosen | None:

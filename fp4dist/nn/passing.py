@@ -22,7 +22,9 @@ SLOPES = {"fprop.x": "fprop.x:slope", "fprop.w": "fprop.w:slope"}
 FILTER_W_BITS = "fprop.w:bits"
 ORIGINAL = {"dgrad.w": "dgrad.w:original", "wgrad.x": "wgrad.x:original"}
 PARTS = {slot: f"{slot}:parts" for slot in SLOTS}
-_IN_TORCH: tuple[Op, ...] = ("decompose", "slope")
+# Of chosen channels: the weight's, the rounding error of x, and what both operands of wgrad have beside their codes.
+TAKEN_W, RESIDUAL, PRECISION = "fprop.w:taken", "fprop.x:residual", "wgrad.x:precision"
+_IN_TORCH: tuple[Op, ...] = ("decompose", "slope", "take_channels", "in_precision", "hot_residual")
 # Name -> the slot whose codes it is about, and the operation.
 _OPERATIONS: dict[str, tuple[str, Op]] = {
     MASK_X: ("fprop.x", "mask"),
@@ -33,6 +35,9 @@ _OPERATIONS: dict[str, tuple[str, Op]] = {
     ORIGINAL["wgrad.x"]: ("fprop.x", "original"),
     **{name: (slot, "slope") for slot, name in SLOPES.items()},
     **{name: (slot, "decompose") for slot, name in PARTS.items()},
+    TAKEN_W: ("fprop.x", "take_channels"),
+    RESIDUAL: ("fprop.x", "hot_residual"),
+    PRECISION: ("wgrad.x", "in_precision"),
 }
 
 

@@ -21,12 +21,24 @@ from fp4dist.nn.clock import Clock
 from fp4dist.nn.comm import LinearComm, place
 from fp4dist.nn.controllers import SlotControl
 from fp4dist.nn.filling import FORWARD, token_multiple
-from fp4dist.nn.parts import channel_dim, chosen_later, cost, parted_slots, take_out, token_dim
-from fp4dist.nn.passing import ORIGINAL, PARTS, passing_kernels
+from fp4dist.nn.parts import (
+    REFERENCE,
+    Ways,
+    alone_beside_codes,
+    channel_dim,
+    chosen_later,
+    cost,
+    meets_straight,
+    parted_slots,
+    take_again,
+    take_out,
+    token_dim,
+)
+from fp4dist.nn.passing import ORIGINAL, PARTS, PRECISION, RESIDUAL, TAKEN_W, passing_kernels
 from fp4dist.numerics.handed import handed
 from fp4dist.numerics.matmul import Operand
 from fp4dist.numerics.quantize import ReduceMax, original
-from fp4dist.numerics.splits import Place, assemble, bare, decompose
+from fp4dist.numerics.splits import Place, assemble, bare
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, PartedTensor, Quantized, Want
 from fp4dist.spec.blocks import Ema, Hadamard
 from fp4dist.spec.recipe import GEMMS, SLOTS, LinearRecipe, QuantSpec
@@ -81,6 +93,7 @@ class _Facts(NamedTuple):
     kinds   GEMM -> fp4, fp8, mixed or bf16;  repeats   GEMM -> how often it runs
     dequantized, reads_codes   backward slots (see LinearRecipe);  from_codes   likewise
     later                      slots in parts that are codes alone until channels are chosen
+    alone                      wgrad.x is made of the codes of fprop.x and its side (`fp4dist.nn.parts`)
     """
 
     specs: dict[str, QuantSpec | None]
@@ -91,6 +104,7 @@ class _Facts(NamedTuple):
     reads_codes: frozenset[str]
     from_codes: frozenset[str]
     later: frozenset[str]
+    alone: bool
 
     @classmethod
     def of(cls, recipe: LinearRecipe, parted: frozenset[str]) -> _Facts:
@@ -104,6 +118,7 @@ class _Facts(NamedTuple):
             frozenset(slot for slot in FORWARD_OF if recipe.reads_codes(slot)),
             frozenset(slot for slot in FORWARD_OF if from_codes(slot, recipe, parted)),
             chosen_later(recipe),
+            alone_beside_codes(recipe),
         )
 
 
@@ -289,6 +304,8 @@ class LinearPlan:
             return self.quantize(slot, master.t(), comm, token_shard)
         assert forward is not None
         if spec.source == "reuse":
+            if isinstance(forward, PartedTensor) and forward.side is None:
+                forward = forward.main  # a partner is for the forward product alone
             if slot in self.carrying.decoders and isinstance(forward, BlockScaledTensor) and not token_shard:
                 return self.carrying.turned(slot, forward)
             return forward.transpose()
@@ -298,6 +315,8 @@ class LinearPlan:
             return self._run(slot, spec, forward, shape, comm, token_shard)
         if isinstance(forward, BlockScaledTensor) and FROM_CODES[slot] in self.kernels and not self._in_parts(slot):
             return self._run(slot, spec, forward, shape, comm, token_shard)
+        if slot == "wgrad.x" and isinstance(forward, PartedTensor) and self.facts.alone and self._in_parts(slot):
+            return self._again(slot, spec, forward, shape, comm, token_shard)
         if slot in self.unrotates:
             return self._run(slot, spec, forward, shape, comm, token_shard, back=basis)
         return self._run(slot, spec, self._original(slot, forward, *basis).t(), shape, comm, token_shard)
@@ -480,18 +499,46 @@ class LinearPlan:
         self, slot: str, spec: QuantSpec, x: Tensor, key: Key, reduce_max: ReduceMax | None, toward: object = None
     ) -> Quantized:
         """`x` [R, C] as codes and what stands beside them. toward: of ema rounding; what is taken out leaves it."""
-        control = self.controls.get("fprop.x")
-        channels = control.channels if control is not None else None
-        index = control.chosen_index if control is not None else None
-        where = Place(key, reduce_max, token_dim(slot), self.filled, channels, channel_dim(slot), index)
-        taken = take_out(slot, x, spec, self.recipe, where, self.kernels.get(PARTS[slot], decompose))
+        where = self._where(slot, key, reduce_max)
+        taken = take_out(slot, x, spec, self.recipe, where, self._ways(slot))
         codes_spec = bare(spec)
         rest = taken.parts.rest
         if isinstance(toward, Tensor):
             toward = torch.where(rest == x, toward, rest)
-        main = self._codes(slot, codes_spec, rest, key, reduce_max, **_given(toward=toward))
+        main = self._codes(slot, codes_spec, rest, key, reduce_max, self._beside(slot), **_given(toward=toward))
         side = taken.beside(main, codes_spec, x.dtype, where)
-        return assemble(main, side, taken.partner, codes_spec, key, taken.chosen)
+        straight = meets_straight(self.recipe, slot)
+        return assemble(main, side, taken.partner, codes_spec, key, taken.chosen, straight)
+
+    def _again(
+        self, slot: str, spec: QuantSpec, forward: PartedTensor, shape: torch.Size, comm: LinearComm, token_shard: bool
+    ) -> Quantized:
+        """wgrad.x [I, T] from fprop.x, of which codes are made from codes and the side from the side."""
+        key, reduce_max = self._place(slot, spec, forward.main, shape, comm, token_shard)
+        main = self._codes(slot, bare(spec), forward.main, key, reduce_max, self._beside(slot))
+        side, chosen = take_again(forward, spec, self._where(slot, key, reduce_max), self._ways(slot))
+        straight = meets_straight(self.recipe, slot)
+        return assemble(main, side, None, bare(spec), key, chosen, straight)
+
+    def _where(self, slot: str, key: Key, reduce_max: ReduceMax | None) -> Place:
+        """Where the slot's operand lies, and its chosen channels."""
+        control = self.controls.get("fprop.x")
+        channels = control.channels if control is not None else None
+        index = control.chosen_index if control is not None else None
+        return Place(key, reduce_max, token_dim(slot), self.filled, channels, channel_dim(slot), index)
+
+    def _beside(self, slot: str) -> Want:
+        """What the quantizer of an operand in parts gives: codes, and the carrier of its GEMM where that is exact."""
+        want = self.carrying.want(slot, self.training)
+        return want._replace(codes=True) if want.carrier == torch.bfloat16 else CODES
+
+    def _ways(self, slot: str) -> Ways:
+        """How the slot's parts are made: by kernels, where the backend has them."""
+        given, plain = self.kernels.get, REFERENCE
+        return Ways(
+            given(PARTS[slot], plain.decompose), given(TAKEN_W, plain.take_channels),
+            given(PRECISION, plain.in_precision), given(RESIDUAL, plain.hot_residual),
+        )  # fmt: skip
 
 
 def gemm_kind(recipe: LinearRecipe, gemm: str) -> str:

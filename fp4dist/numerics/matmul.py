@@ -63,13 +63,20 @@ def _product(a: Operand, b: Operand, rotation: int) -> Tensor:
     if not isinstance(a, PartedTensor) and not isinstance(b, PartedTensor):
         return _codes_product(a, b, rotation)
     left, right = OperandParts.of(a), OperandParts.of(b)
-    total, factor = _codes_product(left.main, right.main, rotation), fp32(1.0 / rotation)
+    total = _codes_product(left.main, right.main, rotation)
     if left.side is not None:
-        total = total + _gemm(left.side, right.met_by(left)) * factor
+        total = total + _gemm(left.side, right.met_by(left)) * fp32(1.0 / basis_of_side(left, right, rotation))
     if right.side is not None:
         met = _values(left.main) if left.partner is None else left.partner
-        total = total + _gemm(met, right.side) * factor
+        total = total + _gemm(met, right.side) * fp32(1.0 / basis_of_side(right, left, rotation))
     return total
+
+
+def basis_of_side(one: OperandParts, other: OperandParts, rotation: int) -> int:
+    """The rotation of the side of `one`, and of what it meets; ValueError where these are in two bases."""
+    if one.straight != other.straight or (one.straight and other.partner is None):
+        raise ValueError("a side in the original basis has to meet a partner in it; assemble both operands `straight`")
+    return 1 if one.straight else rotation
 
 
 class OperandParts(NamedTuple):
@@ -79,12 +86,16 @@ class OperandParts(NamedTuple):
     side: Tensor | None
     partner: Tensor | None
     chosen: Chosen | None = None  # which a backend may use; products are the same without
+    straight: bool = False  # side and partner are in the original basis
 
     @classmethod
     def of(cls, operand: Operand) -> OperandParts:
         """A plain or quantized operand has its main part alone."""
         if isinstance(operand, PartedTensor):
-            return cls(operand.main, operand.side, operand.partner, operand.chosen)
+            chosen, straight = operand.chosen, operand.straight
+            if chosen is not None and chosen.alone:
+                return cls(operand.main, operand.added, operand.partner, chosen._replace(alone=False), straight)
+            return cls(operand.main, operand.side, operand.partner, chosen, straight)
         return cls(operand, None, None)
 
     def met_by(self, left: OperandParts) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 from fp4dist.numerics import codes as c
 from fp4dist.numerics import rng, scales
 from fp4dist.numerics.grouping import Grouping, ReduceMax, block_amax, blocked, flat, spread, tree_sum
-from fp4dist.numerics.rotation import rotate, unrotate
-from fp4dist.numerics.tensor import BlockScaledTensor, Key, PartedTensor, Quantized
+from fp4dist.numerics.rotation import rotate, turned_back
+from fp4dist.numerics.tensor import BlockScaledTensor, Key, PartedTensor, Quantized, unturned
 from fp4dist.spec.blocks import BestOf, Ceil, Eden, Ema, Floor, FourOverSix, Hadamard, MseSearch, Nearest, Quest
 from fp4dist.spec.recipe import QuantSpec
 
@@ -69,8 +69,7 @@ def dequantize(q: Quantized) -> Tensor:
     Of an operand in parts the sum of its parts.
     """
     if isinstance(q, PartedTensor):
-        values = dequantize(q.main)
-        return values if q.side is None else values + q.side.to(torch.float32) * scales.fp32(q.rotation**-0.5)
+        return q.plus_side(dequantize(q.main), scales.fp32(q.rotation**-0.5))
     factor = spread(q.global_scale * q.rotation**-0.5, q.shape)
     total = carrier(q.sample(0)) * factor
     for i in range(1, q.samples):
@@ -95,8 +94,7 @@ def original(q: Quantized, rotation: Hadamard | None, key: Key | None = None) ->
     """
     if q.rotation != (rotation.size if rotation is not None else 1):
         raise ValueError(f"codes are in a rotated basis of {q.rotation}, not in that of {rotation}")
-    values = dequantize(q)
-    return values if rotation is None else unrotate(values, rotation, key)
+    return dequantize(q) if rotation is None else turned_back(dequantize(unturned(q)), rotation, key)
 
 
 def carrier(q: BlockScaledTensor) -> Tensor:

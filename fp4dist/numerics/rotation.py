@@ -60,7 +60,20 @@ def rotate(x: Tensor, rotation: Hadamard, key: Key | None) -> Tensor:
 
 def unrotate(y: Tensor, rotation: Hadamard, key: Key | None) -> Tensor:
     """Inverse of the *normalized* rotation: y holds values in the rotated basis, the result is in the original one."""
-    x = butterflies(y, rotation.size) * rotation.size**-0.5
+    return _turned_back(y, rotation.size**-0.5, rotation, key)
+
+
+def turned_back(y: Tensor, rotation: Hadamard, key: Key | None) -> Tensor:
+    """Inverse of the *unnormalized* rotation, as codes hold it: by 1 / size, a power of two.
+
+    Of codes under power-of-two scales the result is exact. A factor 1 / sqrt(size) before the butterflies is rounded,
+    and leaves 2^-24 of a value where codes cancel: blocks of such remains spread a matrix' scales over 28 binades.
+    """
+    return _turned_back(y, 1.0 / rotation.size, rotation, key)
+
+
+def _turned_back(y: Tensor, factor: float, rotation: Hadamard, key: Key | None) -> Tensor:
+    x = butterflies(y, rotation.size) * factor
     signs = sign_vector(rotation, key, x.device)
     if signs is not None:
         x = (x.unflatten(-1, (-1, rotation.size)) * signs).flatten(-2)

@@ -24,7 +24,7 @@ from fp4dist.numerics.quantize import dequantize, original, quantize
 from fp4dist.numerics.rotation import rotate
 from fp4dist.numerics.scales import divide
 from fp4dist.numerics.tensor import BlockScaledTensor, Chosen, Key, PartedTensor, Quantized, Stream
-from fp4dist.spec.blocks import Ceil, Stochastic
+from fp4dist.spec.blocks import Ceil, Hadamard, Stochastic
 from fp4dist.spec.estimators import Straight
 from fp4dist.spec.formats import FP8_E4M3_TENSOR, MXFP8
 from fp4dist.spec.operand import QuantSpec
@@ -108,17 +108,20 @@ def take_channels(x_RC: Tensor, precision: Precision, place: Place) -> Parts:
 @torch.no_grad()
 def assemble(
     main: BlockScaledTensor, side: Tensor | None, partner: Tensor | None, spec: QuantSpec, key: Key | None,
-    chosen: Chosen | None = None,
+    chosen: Chosen | None = None, straight: bool = False,
 ) -> Quantized:  # fmt: skip
     """The operand of codes `main`, `side` and `partner` [R, C] in the original basis; the codes alone without both.
 
-    chosen   of `PartedTensor`, in the original basis: a rotation mixes columns
+    chosen     of `PartedTensor`, in the original basis: a rotation mixes columns
+    straight   of `PartedTensor`: side and partner stay in that basis
     """
     if side is None and partner is None:
         return main
-    if chosen is not None and chosen.dim == 1 and spec.rotation is not None:
+    rotation = None if straight else spec.rotation
+    if chosen is not None and chosen.dim == 1 and rotation is not None:
         chosen = None
-    return PartedTensor(main, _in_basis(side, spec, key), _in_basis(partner, spec, key), chosen)
+    side, partner = _in_basis(side, rotation, key), _in_basis(partner, rotation, key)
+    return PartedTensor(main, side, partner, chosen, straight and spec.rotation is not None)
 
 
 @torch.no_grad()
@@ -131,12 +134,14 @@ def hot_residual(rest: Tensor, main: BlockScaledTensor, spec: QuantSpec, dtype: 
 
 @torch.no_grad()
 def in_precision(part: Tensor, precision: Precision, dtype: torch.dtype, place: Place) -> Tensor:
-    """[R, C] values of `part` in `precision`: bf16 stands for `dtype`, which then holds them, fp32 holds those of FP8.
-    FP8 blocks keep their places in x.
+    """[R, C] values of `part` in `precision`: bf16 stands for `dtype`, which then holds them, fp32 holds those of FP8,
+    and bf16 those that MXFP8 has of bf16. FP8 blocks keep their places in x.
     """
     if precision == "bf16":
         return part.to(dtype)
-    return dequantize(quantize(part, _IN_FP8[precision], place.key, place.reduce_max))
+    values = dequantize(quantize(part, _IN_FP8[precision], place.key, place.reduce_max))
+    # four significant bits of a multiple of bf16's smallest number: bf16 has them, too
+    return values.to(part.dtype) if precision == "mxfp8" else values
 
 
 @lru_cache(maxsize=256)
@@ -348,12 +353,12 @@ def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _in_basis(part: Tensor | None, spec: QuantSpec, key: Key | None) -> Tensor | None:
+def _in_basis(part: Tensor | None, rotation: Hadamard | None, key: Key | None) -> Tensor | None:
     """[R, C] original basis -> that of the codes, unnormalized. What is one row, or one column, stays so in memory."""
     if part is None:
         return None
-    if spec.rotation is None:
+    if rotation is None:
         return part if 0 in part.stride() else part.contiguous()
     if part.stride(0) == 0:
-        return rotate(part[:1].contiguous().to(torch.float32), spec.rotation, key).expand(part.shape)
-    return rotate(part.contiguous().to(torch.float32), spec.rotation, key)
+        return rotate(part[:1].contiguous().to(torch.float32), rotation, key).expand(part.shape)
+    return rotate(part.contiguous().to(torch.float32), rotation, key)

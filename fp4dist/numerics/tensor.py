@@ -135,11 +135,13 @@ class Chosen(NamedTuple):
     numbers   [k] int64, distinct, of columns or rows; two operands have the same where it is the same tensor
     dim       1: columns, which a product contracts; 0: rows
     cleared   whether the codes are zero there
+    alone     whether the side is [R, k], these columns alone: as it is kept between forward and backward
     """
 
     numbers: Tensor
     dim: int
     cleared: bool
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,19 +149,22 @@ class PartedTensor:
     """A matrix as a sum: codes, and what was taken out of them (see `fp4dist.spec.splits`).
 
     main      the codes
-    side      [R, C] fp32, or bf16 where that holds it, zero where nothing was taken out; None: nothing stands beside
+    side      [R, C] fp32, or bf16 where that holds it, zero where nothing was taken out (see also `Chosen.alone`);
+              None: nothing stands beside
     partner   [R, C] likewise: what the *other* operand's side multiplies in place of this operand's value, where a
               method multiplies it by more than the codes; None: this operand's value
     chosen    where `side` may differ from zero, and a `partner` that stands without one; None: anywhere
+    straight  of rotated codes: side and partner are in the original basis, and can be multiplied with each other alone
 
     Invariant: value = value of main + side / sqrt(rotation). Like codes, `side` and `partner` hold the *unnormalized*
-    rotation, in the basis of main, so that a product needs the factor 1 / rotation alone.
+    rotation, in the basis of main, so that a product needs the factor 1 / rotation alone; unless they are straight.
     """
 
     main: BlockScaledTensor
     side: Tensor | None = None
     partner: Tensor | None = None
     chosen: Chosen | None = field(default=None, compare=False)
+    straight: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -170,6 +175,28 @@ class PartedTensor:
     def rotation(self) -> int:
         """That of the codes."""
         return self.main.rotation
+
+    @property
+    def added(self) -> Tensor | None:
+        """[R, C] `side` for whoever adds it to the codes' values; ValueError where it is in another basis."""
+        if self.side is not None and self.straight:
+            raise ValueError(
+                "this operand's side is in the original basis and its codes are rotated: multiply it with an operand"
+                " that has a partner, or quantize without `straight`"
+            )
+        if self.side is None or self.chosen is None or not self.chosen.alone:
+            return self.side
+        return self.side.new_zeros(self.shape).index_copy_(1, self.chosen.numbers, self.side)
+
+    def plus_side(self, values: Tensor, factor: float = 1.0) -> Tensor:
+        """[R, C] fp32 `values` of the codes, which may be written to, with the side times `factor` added."""
+        if self.side is None:
+            return values
+        if self.chosen is not None and self.chosen.alone:
+            return values.index_add_(1, self.chosen.numbers, self.side.to(torch.float32) * factor)
+        side = self.added
+        assert side is not None
+        return values.add_(side) if factor == 1 else values + side.to(torch.float32) * factor
 
     @property
     def samples(self) -> int:
@@ -193,7 +220,7 @@ class PartedTensor:
 
     def transpose(self) -> PartedTensor:
         """The transposed matrix with the same values, where the codes can be read so."""
-        return PartedTensor(self.main.transpose(), None if self.side is None else self.side.t().contiguous())
+        return PartedTensor(self.main.transpose(), None if self.added is None else self.added.t().contiguous())
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +233,8 @@ class Carrier:
     rotation  size n of the Hadamard groups along C
     rows      [R, n] fp32 further factor of each of n equal parts of a row ([R, 1]: of the row); None: 1
     lost      [] int32, on the device: elements that `values` could not hold exactly; None where its type holds them all
-    near      the factors of parts lie in [1, 2), or in [2^-8, 2) where values are below 1e-30: powers of two are in
-              `values` already, so that a GEMM may divide one factor by another
+    near      the factors of parts lie in [1, 2), or in [2^-8, 2) where values are below 1e-30, and `scale` is 1: powers
+              of two are in `values` already, so that a GEMM may divide one factor by another
 
     Invariant, where nothing is lost: value = values * scale * rows / sqrt(rotation), in the rotated basis.
     """
@@ -247,19 +274,44 @@ class Want(NamedTuple):
 
 CODES = Want()
 Quantized = BlockScaledTensor | PartedTensor
+
+
+def unturned(q: Quantized) -> Quantized:
+    """`q` as if its codes were in the original basis: its values then are sqrt(rotation) times as large, unrounded."""
+    if isinstance(q, PartedTensor):
+        return replace(q, main=replace(q.main, rotation=1, carrier=None))
+    return replace(q, rotation=1, carrier=None)
+
+
 Layout = tuple[Format, tuple[int, int], int, int]  # of codes: format, block, rotation, samples
 
 
 def pack(operand: Quantized) -> tuple[list[Tensor], Layout]:
-    """(tensors for `save_for_backward`, the rest) of a quantized operand's value; a `partner` stays behind."""
+    """(tensors for `save_for_backward`, the rest) of a quantized operand's value; a `partner` stays behind.
+
+    Of chosen columns that alone stand beside the codes only those are kept.
+    """
     main = operand.main if isinstance(operand, PartedTensor) else operand
-    side = operand.side if isinstance(operand, PartedTensor) else None
-    tensors = [main.codes, main.scales, main.global_scale] + ([] if side is None else [side])
-    return tensors, (main.format, main.block, main.rotation, main.samples)
+    tensors, layout = (
+        [main.codes, main.scales, main.global_scale],
+        (main.format, main.block, main.rotation, main.samples),
+    )
+    if not isinstance(operand, PartedTensor) or operand.side is None:
+        return tensors, layout
+    chosen = operand.chosen
+    if chosen is None or chosen.dim == 0 or operand.straight:
+        side = operand.added
+        assert side is not None
+        return [*tensors, side], layout
+    side = operand.side if chosen.alone else operand.side.index_select(1, chosen.numbers)
+    return [*tensors, side, chosen.numbers], layout
 
 
 def unpack(tensors: Sequence[Tensor], layout: Layout) -> Quantized:
     """What `pack` was given, less its partner."""
     codes, scales, global_scale = tensors[:3]
     main = BlockScaledTensor(codes, scales, global_scale, *layout)
-    return main if len(tensors) == 3 else PartedTensor(main, tensors[3])
+    if len(tensors) == 3:
+        return main
+    chosen = Chosen(tensors[4], 1, cleared=False, alone=True) if len(tensors) == 5 else None
+    return PartedTensor(main, tensors[3], None, chosen)

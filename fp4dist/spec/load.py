@@ -87,13 +87,13 @@ def config_hash(config: RunConfig) -> str:
     data = {k: v for k, v in plain(config).items() if k not in _NOT_IDENTITY}
     data["run"].pop("dir")
     data["train"].pop("stop_after")
-    return _digest(data)
+    return canonical_digest(data)
 
 
 def recipe_hash(recipe: Recipe) -> str:
     """16 hex digits of what the recipe does (its name and notes excluded)."""
     data = plain(recipe)
-    return _digest({k: data[k] for k in data if k not in ("name", "paper", "notes")})
+    return canonical_digest({k: data[k] for k in data if k not in ("name", "paper", "notes")})
 
 
 def model_hash(model: ModelConfig) -> str:
@@ -101,10 +101,11 @@ def model_hash(model: ModelConfig) -> str:
     data = {k: v for k, v in plain(model).items() if k != "name"}
     if data.get("moe") is not None:
         data["moe"] = {k: v for k, v in data["moe"].items() if k not in ("dispatcher", "grouped_gemm")}
-    return _digest(data)
+    return canonical_digest(data)
 
 
-def _digest(data: Any) -> str:
+def canonical_digest(data: Any) -> str:
+    """16 hex digits of plain data; a field that came later, and means what files of before meant, adds nothing."""
     return hashlib.sha256(json.dumps(_canonical(data), sort_keys=True).encode()).hexdigest()[:16]
 
 

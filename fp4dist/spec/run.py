@@ -18,7 +18,7 @@ from fp4dist.spec.phases import GradNoise
 from fp4dist.spec.recipe import Recipe
 from fp4dist.spec.shape import Beyond
 from fp4dist.spec.training import QRamping
-from fp4dist.spec.watching import AutopilotConfig, MonitorConfig, RollBack
+from fp4dist.spec.watching import AutopilotConfig, MonitorConfig, check_rules
 
 
 @frozen
@@ -344,7 +344,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_buildable(self.model)
-        _check_autopilot(self.autopilot, self.checkpoint)
+        if self.autopilot is not None:
+            noise = self.monitor is not None and self.monitor.noise and self.engine.kind == "megatron"
+            check_rules(
+                self.autopilot, checkpoints=bool(self.checkpoint.every), looks=self.monitor is not None, noise=noise,
+                nonfinite_steps=self.train.max_nonfinite_steps,
+            )  # fmt: skip
         if self.comm is not None:
             _check_comm(self.comm, self.parallel, self.model)
             _check_param_gather(self.comm, self.engine, self.optim, self.recipe)
@@ -376,13 +381,6 @@ def _check_buildable(model: ModelConfig) -> None:
             f"model.beyond: {model.name} has blocks beyond a Llama-style decoder (MLA, Mamba, latent experts ...) that"
             " only `python -m fp4dist.cluster` knows; plan with it, and train a model without `beyond`"
         )
-
-
-def _check_autopilot(autopilot: AutopilotConfig | None, checkpoints: CheckpointConfig) -> None:
-    """Going back needs something to go back to."""
-    goes_back = autopilot is not None and any(isinstance(rule.do, RollBack) for rule in autopilot.rules)
-    if autopilot is not None and autopilot.mode == "act" and goes_back and not checkpoints.every:
-        raise ValueError("autopilot.mode = act rolls back to checkpoints, and there are none: set checkpoint.every")
 
 
 def _check_comm(comm: CommConfig, parallel: ParallelConfig, model: ModelConfig) -> None:

@@ -8,6 +8,7 @@ from fp4dist.spec.frozen import frozen
 from fp4dist.spec.recipe import GEMMS, SLOTS
 
 Statistic = Literal["underflow", "saturation", "qsnr", "drift"]
+LONGEST = 256  # steps that a condition can look back at
 
 
 @frozen
@@ -48,21 +49,21 @@ class Spike:
     window: int = 32
 
     def __post_init__(self) -> None:
-        if self.window < 4 or self.above <= 0 or self.at_least < 0:
-            raise ValueError("a spike needs window >= 4, above > 0 and at_least >= 0")
+        if not 4 <= self.window <= LONGEST or self.above <= 0 or self.at_least < 0:
+            raise ValueError(f"a spike needs 4 <= window <= {LONGEST}, above > 0 and at_least >= 0")
 
 
 @frozen
 class Drift:
-    """The mean loss of the last `window` accepted steps lies `at_least` nats over the lowest such mean so far."""
+    """The median loss of the last `window` finite steps lies `at_least` nats over the lowest such median so far."""
 
     kind: Literal["drift"] = "drift"
     at_least: float = 0.3
     window: int = 8
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.at_least <= 0:
-            raise ValueError("a drift needs window >= 1 and at_least > 0")
+        if not 1 <= self.window <= LONGEST or self.at_least <= 0:
+            raise ValueError(f"a drift needs 1 <= window <= {LONGEST} and at_least > 0")
 
 
 @frozen
@@ -83,6 +84,10 @@ class Drowned:
 
     kind: Literal["drowned"] = "drowned"
     below: float = 1.7320508
+
+    def __post_init__(self) -> None:
+        if not self.below > 0:
+            raise ValueError(f"below = {self.below} must be positive: the ratio of two lengths never is less")
 
 
 @frozen
@@ -116,14 +121,19 @@ class RollBack:
     kind: Literal["roll_back"] = "roll_back"
     skip: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.skip >= 0:
+            raise ValueError(f"skip = {self.skip} must not be negative: samples are left out, none is read twice")
+
 
 @frozen
 class Raise:
     """Run GEMMs in a higher precision from the next step on.
 
-    to       bf16: unquantized;  fp8: operands in MXFP8 (E4M3 values, gradients E5M2)
-    where    the layer that the condition or the monitor found worst; all block linears
-    gemms    which of its GEMMs; empty: the one of the slot that was found
+    to       bf16: unquantized;  fp8: operands in MXFP8 (E4M3 values)
+    where    worst: the layer that the condition names, else the one of the lowest QSNR in the monitor's last look;
+             all: every block linear
+    gemms    which of its GEMMs; empty: the one of the slot that was found, fprop where none was
     """
 
     kind: Literal["raise"] = "raise"
@@ -171,3 +181,33 @@ class AutopilotConfig:
 
     mode: Literal["off", "advise", "act"] = "advise"
     rules: tuple[Rule, ...] = RULES
+
+
+def check_rules(config: AutopilotConfig, *, checkpoints: bool, looks: bool, noise: bool, nonfinite_steps: int) -> None:
+    """Raise ValueError for a rule that could never act in its run.
+
+    checkpoints       the run writes some before its end;  looks   it has a monitor;  noise   that measures the ratio
+    nonfinite_steps   in a row, at which the run stops
+    """
+    if config.mode == "off":
+        return
+    if config.mode == "act" and not checkpoints and any(isinstance(rule.do, RollBack) for rule in config.rules):
+        raise ValueError("autopilot.mode = act rolls back to checkpoints, and there are none: set checkpoint.every")
+    for number, rule in enumerate(config.rules):
+        when, where = rule.when, f"autopilot.rules[{number}]"
+        if isinstance(when, NotFinite) and when.in_a_row > nonfinite_steps:
+            raise ValueError(
+                f"{where}: in_a_row = {when.in_a_row}, but the run stops after train.max_nonfinite_steps ="
+                f" {nonfinite_steps} such steps; lower the one or raise the other"
+            )
+        if isinstance(when, Drowned) and looks and not noise:
+            raise ValueError(
+                f"{where}: drowned asks for the gradient's noise, which nothing measures: it needs monitor.noise: true"
+                " and engine.kind: megatron"
+            )
+        told = isinstance(when, BadOperand | Drowned)
+        if isinstance(rule.do, Raise) and rule.do.where == "worst" and not (looks or told):
+            raise ValueError(
+                f"{where}: which layer is the worst comes from the monitor, which is off; add `monitor: {{}}`, or say"
+                " `where: all`"
+            )

@@ -23,7 +23,7 @@ import torch
 
 from fp4dist.errors import DataError, Fp4DistError
 from fp4dist.spec.run import BackendConfig
-from fp4dist.study.plan import Job, digest, name_of
+from fp4dist.study.plan import Job, identity, name_of
 from fp4dist.study.training import FORMAT, Data, Record, Training, steps_done
 
 log = logging.getLogger("fp4dist")
@@ -98,9 +98,9 @@ def work(
 
 
 def is_done(job: Job, data: Data, out: Path) -> bool:
-    """Whether a record of this very configuration lies in `out`."""
-    wanted = digest(job.config(data.identity))
-    return any(r["hash"] == wanted for r in read_records(out))
+    """Whether a record of this configuration and data lies in `out`, under whatever name."""
+    wanted = identity(job.config(data.identity))
+    return any(identity(r["config"]) == wanted for r in read_records(out))
 
 
 def expected(job: Job, out: Path, partial: Path | None = None) -> float:

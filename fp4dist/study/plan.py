@@ -16,7 +16,7 @@ from typing import Any
 from fp4dist.errors import ConfigError
 from fp4dist.spec.build import plain
 from fp4dist.spec.frozen import frozen
-from fp4dist.spec.load import changed_recipe, load_model, load_spec
+from fp4dist.spec.load import canonical_digest, changed_recipe, load_model, load_spec
 from fp4dist.spec.recipe import BLOCK_ROLES, Recipe
 from fp4dist.spec.run import ModelConfig
 
@@ -196,9 +196,17 @@ def digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def identity(config: dict[str, Any]) -> str:
+    """16 hex digits of what a run's configuration means: the recipe's name and notes left out, and fields that a later
+    version of the program has added where they mean what was before. Equal for runs that need not be repeated.
+    """
+    recipe = {key: value for key, value in config["recipe"].items() if key not in ("name", "paper", "notes")}
+    return canonical_digest({**config, "recipe": recipe})
+
+
 def fingerprint(config: dict[str, Any]) -> str:
-    """`digest` of a run's configuration without its data."""
-    return digest({**config, "data": {}})
+    """`identity` of a run's configuration without its data."""
+    return identity({**config, "data": {}})
 
 
 def jobs(study: Study, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> list[Job]:
@@ -211,6 +219,10 @@ def jobs(study: Study, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) 
     known = {name_of(arm): arm for arm in study.arms}
     if unknown := set(arms) - known.keys():
         raise ConfigError(f"study {study.name} has no arms {sorted(unknown)}; it has {', '.join(known)}")
+    if strange := set(seeds) - set(study.seeds):
+        raise ConfigError(
+            f"study {study.name} has no seeds {sorted(strange)}; it has {list(study.seeds)}: add them there"
+        )
     found = []
     for seed in seeds or study.seeds:
         for size in study.sizes:

@@ -64,7 +64,11 @@ def load_losses(name_or_path: str | Path, without: tuple[str, ...] = ()) -> tupl
 def study_points(results: Path) -> dict[Method, list[Point]]:
     """The points of a study's results.json: its baseline as full precision, other arms as quantized in both passes."""
     points: dict[Method, list[Point]] = {}
-    for cell in json.loads(results.read_text(encoding="utf-8"))["cells"]:
+    try:
+        cells = json.loads(results.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{results}: not the results.json of a study's report ({type(e).__name__}: {e})") from e
+    for cell in cells:
         if losses := list(cell["losses"].values()):
             method = FULL if cell["arm"] == BASELINE else (cell["arm"], cell["arm"])
             mean = sum(losses) / len(losses)

@@ -1,4 +1,4 @@
-"""The tables and plots of a study, from all records of a folder; what is missing is named."""
+"""The page of a study: its tables from all records of a folder, in words that say what they hold; what is missing."""
 
 from __future__ import annotations
 
@@ -8,205 +8,239 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fp4dist.study.plan import BASELINE, Study, fingerprint, jobs, name_of
-from fp4dist.study.statistics import Arms, Cell, Difference
+from fp4dist.study.pictures import draw
+from fp4dist.study.plan import BASELINE, Arm, Study, jobs, name_of
+from fp4dist.study.results import runs_of, write_results
+from fp4dist.study.statistics import LAST, Arms, Cell, Difference
 from fp4dist.study.training import Record
+
+Group = tuple[str, int]  # model, budget
 
 
 def write_report(study: Study, records: Sequence[Record], folder: Path) -> str:
-    """Write table.md, results.json, gaps.png and curves.png into `folder`; returns the table."""
+    """Write table.md, results.json and pictures into `folder`; returns the page. records   whole or short ones"""
     folder.mkdir(parents=True, exist_ok=True)
-    mine = records_of(study, records)
-    found = Arms.of(mine)
-    text = "\n".join([*_tables(study, found), *_order(study, found), *_missing(study, mine)]) + "\n"
+    mine, others = runs_of(study, records)
+    found = Arms.of([*others, *mine])
+    pictures = draw(study, found, folder)
+    parts = [_head(study), *(line for group in _groups(found) for line in _tables(study, found, group))]
+    parts += [line for name in pictures for line in (f"![{name.removesuffix('.png')}]({name})", "")]
+    text = "\n".join([*parts, *_missing(study, mine, others)]).rstrip() + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(_results(study, found), indent=1) + "\n", encoding="utf-8")
-    if mine:
-        _draw_gaps(study, found, folder / "gaps.png")
-        _draw_curves(study, found, folder / "curves.png")
+    write_results(folder / "results.json", study, _cells(study, found), [*others, *mine])
     return text
 
 
-def records_of(study: Study, records: Sequence[Record]) -> list[Record]:
-    """Those of the study's runs, whichever study they were made for, after those that were made for it otherwise."""
-    wanted = {job.fingerprint for job in jobs(study)}
-    others = [r for r in records if r["study"] == study.name and fingerprint(r["config"]) not in wanted]
-    return others + [r for r in records if fingerprint(r["config"]) in wanted]
+def _head(study: Study) -> str:
+    """Commands, and what the columns hold."""
+    return (
+        f"# Study {study.name}\n\n"
+        f"`python tools/study.py run {study.name} --out RECORDS` makes the records, `python tools/study.py report"
+        f" {study.name} --out RECORDS --report FOLDER` this page; with `--out results.json` it is made again.\n\n"
+        f"Loss: nats over the held-out files after the last step. Gap: that minus {BASELINE}'s of the same seed;"
+        " intervals are 95 %, by Student's t over seeds. Pooled: half of the interval where one deviation is taken for"
+        " all arms, from what is left of their losses without the means of arms and of seeds; it holds if a seed moves"
+        f" all arms alike. Last quarter: the training loss minus {BASELINE}'s over the last {LAST:.0%} of the steps, on"
+        " the same samples; of one seed its interval is over windows of steps: noise of samples, not of another seed."
+        " FP4 share: of the FLOPs of block linears. ms a step: the median of the run's windows. Time to quality: (1 +"
+        f" extra tokens) / (1 + throughput gain) against {BASELINE}, by its slope between two budgets.\n"
+    )
 
 
-def _groups(study: Study, found: Arms) -> list[tuple[str, int]]:
+def _groups(found: Arms) -> list[Group]:
     """(model, budget) of the finished runs, smallest first."""
     return sorted({cell[:2] for cell in found.runs}, key=lambda g: (g[0], g[1]))
 
 
-def _tables(study: Study, found: Arms) -> list[str]:
-    lines = []
-    for model, budget in _groups(study, found):
-        cells = [(model, budget, name_of(arm)) for arm in study.arms]
-        some = next(iter(found.runs[next(c for c in found.runs if c[:2] == (model, budget))].values()))
-        ratio = some["tokens"] / some["block_parameters"]
-        lines += [
-            f"{model}, {some['tokens'] / 1e6:.1f}M tokens ({ratio:.1f} a block parameter), {some['device']}, torch"
-            f" {some['versions']['torch']}; loss in nats on the held-out files, gaps to {BASELINE} paired by seed,"
-            " 95 % by Student's t over seeds",
-            "",
-            "| arm | FP4 share | seeds | held-out loss | gap | published gap | ms a step | over bf16 | time to quality"
-            " | peak GiB |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *[_row(study, found, cell) for cell in cells if cell in found.runs],
-            "",
-        ]
-    return lines
+def _reference(study: Study) -> str:
+    """The arm that others' gaps are set in proportion to; empty: none."""
+    return study.ordering[0] if study.ordering else ""
 
 
-def _row(study: Study, found: Arms, cell: Cell) -> str:
-    runs = found.runs[cell]
-    losses = found.losses(cell)
-    gap = found.difference(cell, BASELINE) if cell[2] != BASELINE else None
-    arm = next(a for a in study.arms if name_of(a) == cell[2])
-    diverged = sum(r["diverged"] for r in runs.values())
+def _tables(study: Study, found: Arms, group: Group) -> list[str]:
+    cells = [(*group, name_of(arm)) for arm in study.arms if (*group, name_of(arm)) in found.runs]
+    some = next(iter(next(found.runs[c] for c in found.runs if c[:2] == group).values()))
+    ratio, ref = some["tokens"] / some["block_parameters"], _reference(study)
+    return [
+        f"## {group[0]}, {some['tokens'] / 1e6:.1f}M tokens ({ratio:.1f} a block parameter)",
+        "",
+        f"{some['device']}, torch {some['torch']}.{_noise(found, group)}",
+        "",
+        "| arm | FP4 share | seeds | held-out loss | gap | ± pooled | last quarter | ms a step | over"
+        f" {BASELINE} | time to quality | peak GiB |",
+        f"|{'---|' * 11}",
+        *[_row(found, cell) for cell in cells],
+        "",
+        *(_proportions(study, found, cells, ref) if (*group, ref) in found.runs else []),
+        *_order(study, found, group),
+    ]
+
+
+def _noise(found: Arms, group: Group) -> str:
+    """What is known of the noise of seeds."""
+    noise, cells = found.noise(*group), [cell for cell in found.runs if cell[:2] == group]
+    if noise is not None:
+        return (
+            f" Pooled from {noise.arms} arms x {noise.seeds} seeds: a run's deviation is {noise.deviation:.5f} nats,"
+            f" {noise.freedom} degrees of freedom."
+        )
+    one = len({seed for cell in cells for seed in found.runs[cell]}) == 1
+    return " **One seed: no interval here says what another seed would give.**" if one and len(cells) > 1 else ""
+
+
+def _row(found: Arms, cell: Cell) -> str:
+    runs, losses = found.runs[cell], found.losses(cell)
+    baseline = cell[2] == BASELINE
+    gap, late = (None, None) if baseline else (found.difference(cell, BASELINE), found.late(cell, BASELINE))
+    diverged, noise = sum(r["diverged"] for r in runs.values()), found.noise(*cell[:2])
     seconds, base = found.median(cell, "step_seconds"), found.median((*cell[:2], BASELINE), "step_seconds")
     quality, peak = found.time_to_quality(cell), found.median(cell, "peak_bytes")
-    share = next(iter(runs.values()))["fp4_share"]
     cells = [
         cell[2],
-        f"{share:.0%}",
+        f"{next(iter(runs.values()))['fp4_share']:.0%}",
         f"{len(runs)}" + (f" ({diverged} diverged)" if diverged else ""),
         f"{sum(losses.values()) / len(losses):.4f}" if losses else "",
         gap.text() if gap else "",
-        f"{arm.published:.4f}" if arm.published is not None else "",
+        f"{noise.half(len(gap.per_seed)):.4f}" if gap and noise else "",
+        late.text() if late else "",
         f"{seconds * 1e3:.1f}" if seconds else "",
-        f"{seconds / base:.2f}" if seconds and base and cell[2] != BASELINE else "",
-        f"{quality:.2f}" if quality and cell[2] != BASELINE else "",
+        f"{seconds / base:.2f}" if seconds and base and not baseline else "",
+        f"{quality:.2f}" if quality and not baseline else "",
         f"{peak / 2**30:.1f}" if peak else "",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _order(study: Study, found: Arms) -> list[str]:
+def _proportions(study: Study, found: Arms, cells: Sequence[Cell], ref: str) -> list[str]:
+    """Gaps and step times over those of the reference arm, beside the published gaps' ratios."""
+    published, group = {name_of(a): a.published for a in study.arms}, cells[0][:2]
+    whole, other = published.get(ref), found.median((*group, ref), "step_seconds")
+    lines = []
+    for cell in cells:
+        there, mine = published[cell[2]], found.median(cell, "step_seconds")
+        if cell[2] == BASELINE or found.difference(cell, BASELINE) is None:
+            continue
+        told = f"{there:.4f}" if there is not None else ""
+        part = f"{there / whole:.2f}" if there is not None and whole else ""
+        time = f"{mine / other:.2f}" if mine and other else ""
+        lines.append(f"| {cell[2]} | {_ratio(found, cell, ref)} | {told} | {part} | {time} |")
+    head = f"| arm | gap over {ref}'s | published gap | over {ref}'s | step time over {ref}'s |"
+    return [head, "|---|---|---|---|---|", *lines, ""] if len(lines) > 1 else []
+
+
+def _ratio(found: Arms, cell: Cell, ref: str) -> str:
+    """The gap over the reference arm's of the same seeds, where that is more than its noise."""
+    mine, base = found.difference(cell, BASELINE), found.difference((*cell[:2], ref), BASELINE)
+    if mine is None or base is None or not (common := sorted(mine.per_seed.keys() & base.per_seed.keys())):
+        return ""
+    whole = sum(base.per_seed[seed] for seed in common) / len(common)
+    value, noise = sum(mine.per_seed[seed] for seed in common) / len(common) / whole, found.noise(*cell[:2])
+    if whole <= (noise.half(len(common)) if noise is not None else 0.0):
+        return "not resolved"
+    if noise is None or cell[2] == ref:
+        return f"{value:.2f}"
+    return f"{value:.2f} ± {noise.half_of_ratio(value, whole, len(common)):.2f}"
+
+
+def _order(study: Study, found: Arms, group: Group) -> list[str]:
     """Each neighbour pair of the published order: the paired difference, and whether it is resolved."""
     published = {name_of(a): a.published for a in study.arms}
-    lines = []
-    for model, budget in _groups(study, found):
-        rows = []
-        for better, worse in zip(study.ordering, study.ordering[1:], strict=False):
-            d = found.difference((model, budget, worse), better)
-            if d is None:
-                rows.append(f"| {better} < {worse} | missing | | |")
-                continue
-            here, there = published[better], published[worse]
-            told = f"{there - here:+.4f}" if here is not None and there is not None else ""
-            rows.append(f"| {better} < {worse} | {d.text()} | {told} | {verdict(d)} |")
-        if rows:
-            where = f"{model} at {budget / 1e6:g}M tokens"
-            head = f"Published order ({study.source}) in {where}, difference of the two losses:"
-            lines += [head, "", "| pair | measured | published | |", "|---|---|---|---|", *rows, ""]
-    return lines
+    noise, rows = found.noise(*group), []
+    if sum((*group, name) in found.runs for name in study.ordering) < 2:
+        return []
+    for better, worse in zip(study.ordering, study.ordering[1:], strict=False):
+        d = found.difference((*group, worse), better)
+        if d is None:
+            rows.append(f"| {better} < {worse} | missing | | | | |")
+            continue
+        here, there = published[better], published[worse]
+        told = f"{there - here:+.4f}" if here is not None and there is not None else ""
+        half = noise.half(len(d.per_seed)) if noise is not None else math.nan
+        pooled = f"{half:.4f}" if noise is not None else ""
+        word = verdict(d.mean, d.half)
+        word += f"; pooled: {verdict(d.mean, half)}" if noise is not None else ""
+        rows.append(
+            f"| {better} < {worse} | {d.text()} | {pooled} | {_late(found, group, better, worse)} | {told} | {word} |"
+        )
+    if not rows:
+        return []
+    known = {name: d.mean for name in study.ordering if (d := found.difference((*group, name), BASELINE)) is not None}
+    return [
+        f"Published order ({study.source}): {' < '.join(study.ordering)}; measured:"
+        f" {' < '.join(sorted(known, key=known.__getitem__))}. Differences of the two losses:",
+        "",
+        "| pair | measured | ± pooled | last quarter | published | |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
-def verdict(d: Difference) -> str:
+def _late(found: Arms, group: Group, better: str, worse: str) -> str:
+    late = found.late((*group, worse), better)
+    return late.text() if late is not None else ""
+
+
+def verdict(mean: float, half: float) -> str:
     """Whether a difference that was expected to be positive is."""
-    if not math.isfinite(d.half):
-        return "one seed: no interval"
-    if abs(d.mean) <= d.half:
+    if not math.isfinite(half):
+        return "one seed: not known"
+    if abs(mean) <= half:
         return "not resolved"
-    return "holds" if d.mean > 0 else "reversed"
+    return "holds" if mean > 0 else "reversed"
 
 
-def _missing(study: Study, records: Sequence[Record]) -> list[str]:
+def _missing(study: Study, mine: Sequence[Record], others: Sequence[Record]) -> list[str]:
     """Runs of the study without a record, and records whose configurations differ beside what the study varies."""
-    done, wanted = {fingerprint(r["config"]) for r in records}, {job.fingerprint for job in jobs(study)}
-    missing = [job.name for job in jobs(study) if job.fingerprint not in done]
-    lines = [f"Missing: {len(missing)} of {len(jobs(study))} runs: {', '.join(missing)}"] if missing else []
-    others = sorted(r["run"] for r in records if fingerprint(r["config"]) not in wanted)
-    lines += [f"Not of the study as it is now: {', '.join(others)}"] if others else []
-    for what, values in (("device", {r["device"] for r in records}), ("data", {_data(r) for r in records})):
-        lines += [f"Attention: the runs differ in {what}: {', '.join(sorted(values))}"] if len(values) > 1 else []
+    done = {r["run"] for r in mine}
+    missing = [job.name for job in jobs(study) if job.name not in done]
+    lines = [f"Missing: {len(missing)} of {len(jobs(study))} runs: {', '.join(missing)}", ""] if missing else []
+    strange = sorted(r["run"] for r in others)
+    lines += [f"Not of the study as it is now: {', '.join(strange)}", ""] if strange else []
+    runs = [*mine, *others]
+    kinds = (
+        ("device", {r["device"] for r in runs}),
+        ("torch", {r["torch"] for r in runs}),
+        ("data", {_data(r) for r in runs}),
+    )
+    for what, values in kinds:
+        if len(values) > 1:
+            lines += [f"Attention: the runs differ in {what}: {', '.join(sorted(values))}", ""]
     return lines
 
 
 def _data(r: Record) -> str:
-    return json.dumps(r["config"]["data"], sort_keys=True)
+    return json.dumps(r["data"], sort_keys=True)
 
 
-def _results(study: Study, found: Arms) -> dict[str, Any]:
+def _cells(study: Study, found: Arms) -> list[dict[str, Any]]:
     """The table's numbers as data, for further scripts."""
-    rows = []
-    for cell, runs in sorted(found.runs.items()):
-        gap = found.difference(cell, BASELINE)
-        rows.append(
-            {
-                "model": cell[0], "budget": cell[1], "arm": cell[2], "losses": found.losses(cell),
-                "gap": gap.mean if gap else None,
-                "half": gap.half if gap and math.isfinite(gap.half) else None,
-                "step_seconds": found.median(cell, "step_seconds"), "peak_bytes": found.median(cell, "peak_bytes"),
-                "time_to_quality": found.time_to_quality(cell),
-                "fp4_share": next(iter(runs.values()))["fp4_share"],
-                "block_parameters": next(iter(runs.values()))["block_parameters"],
-                "tokens": next(iter(runs.values()))["tokens"],
-            }
-        )  # fmt: skip
-    return {"study": study.name, "cells": rows}
+    arms = {name_of(arm): arm for arm in study.arms}
+    return [_cell(found, cell, arms.get(cell[2])) for cell in sorted(found.runs)]
 
 
-def _draw_gaps(study: Study, found: Arms, file: Path) -> None:
-    """Each arm's gap with its interval, seeds as dots; a panel for each model and budget."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = [g for g in _groups(study, found) if any(c[:2] == g and c[2] != BASELINE for c in found.runs)]
-    if not groups:
-        return
-    names = [name_of(a) for a in study.arms if name_of(a) != BASELINE]
-    figure, panels = pyplot.subplots(
-        1, len(groups), figsize=(6 * len(groups), 1.5 + 0.3 * len(names)), squeeze=False, sharey=True
-    )
-    for axes, group in zip(panels[0], groups, strict=True):
-        for place, name in enumerate(reversed(names)):
-            gap = found.difference((*group, name), BASELINE)
-            if gap is None:
-                continue
-            width = gap.half if math.isfinite(gap.half) else 0.0
-            axes.errorbar(gap.mean, place, xerr=width, fmt="o", color="C0", capsize=3, markersize=4)
-            axes.plot(list(gap.per_seed.values()), [place] * len(gap.per_seed), ".", color="C1", markersize=4)
-        axes.axvline(0.0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(names)), list(reversed(names)), fontsize="small")
-        axes.set_title(f"{group[0]}, {group[1] / 1e6:g}M tokens", fontsize="small")
-        axes.set_xlabel(f"held-out loss - {BASELINE}'s (nats)")
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+def _cell(found: Arms, cell: Cell, arm: Arm | None) -> dict[str, Any]:
+    gap, late, noise = found.difference(cell, BASELINE), found.late(cell, BASELINE), found.noise(*cell[:2])
+    some = next(iter(found.runs[cell].values()))
+    return {
+        "model": cell[0],
+        "budget": cell[1],
+        "arm": cell[2],
+        "losses": found.losses(cell),
+        "gap": gap.mean if gap else None,
+        "half": _finite(gap),
+        "half_pooled": noise.half(len(gap.per_seed)) if gap and noise else None,
+        "late_gap": late.mean if late else None,
+        "late_half": _finite(late),
+        "published": arm.published if arm is not None else None,
+        "step_seconds": found.median(cell, "step_seconds"),
+        "peak_bytes": found.median(cell, "peak_bytes"),
+        "time_to_quality": found.time_to_quality(cell),
+        "fp4_share": some["fp4_share"],
+        "block_parameters": some["block_parameters"],
+        "tokens": some["tokens"],
+    }
 
 
-def _draw_curves(study: Study, found: Arms, file: Path) -> None:
-    """Training loss minus bf16's of the same seed, over steps, mean over seeds; a panel for each model and budget."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = _groups(study, found)
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 4), squeeze=False)
-    for axes, group in zip(panels[0], groups, strict=True):
-        base = {s: {int(p[0]): p[1] for p in r["curve"]} for s, r in found.runs.get((*group, BASELINE), {}).items()}
-        for name in (name_of(a) for a in study.arms if name_of(a) != BASELINE):
-            points: dict[int, list[float]] = {}
-            for seed, r in found.runs.get((*group, name), {}).items():
-                for step, loss, _ in r["curve"]:
-                    if int(step) in base.get(seed, {}):
-                        points.setdefault(int(step), []).append(loss - base[seed][int(step)])
-            if points:
-                axes.plot(points.keys(), [sum(v) / len(v) for v in points.values()], linewidth=0.9, label=name)
-        axes.axhline(0.0, color="black", linewidth=0.8)
-        axes.set_title(f"{group[0]}, {group[1] / 1e6:g}M tokens", fontsize="small")
-        axes.set_xlabel("step")
-        axes.set_ylabel(f"training loss - {BASELINE}'s (nats)")
-        axes.set_ylim(-0.05, 0.3)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+def _finite(d: Difference | None) -> float | None:
+    return d.half if d is not None and math.isfinite(d.half) else None

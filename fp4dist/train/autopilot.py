@@ -20,8 +20,11 @@ from typing import Any
 from fp4dist.errors import CheckpointError
 from fp4dist.nn.apply import AppliedRecipe
 from fp4dist.nn.raising import merged
+from fp4dist.spec.build import plain
+from fp4dist.spec.load import canonical_digest
 from fp4dist.spec.recipe import BLOCK_ROLES
 from fp4dist.spec.watching import (
+    LONGEST,
     AutopilotConfig,
     BadOperand,
     Drift,
@@ -38,7 +41,6 @@ from fp4dist.train.monitor import Look
 
 log = logging.getLogger("fp4dist")
 STATE = "autopilot.json"  # in a checkpoint
-_KEPT = 256  # steps that conditions may look back at
 _SPREAD = 1.4826  # of the median distance, to a standard deviation of normal data
 
 
@@ -73,8 +75,9 @@ class Memory:
     lowest      lowest median loss so far, by window: of `drift`
     streak      steps in a row that were not finite
     troubled    first step of the present trouble; None when it is calm
-    taken       rule number -> (times, step of the last one)
+    taken       digest of a rule -> (times, step of the last one)
     raised      path -> GEMM -> precision;  shift   samples left out
+    worst       (path, slot) of the lowest QSNR in the newest look
     """
 
     losses: list[tuple[int, float, float | None, bool]] = field(default_factory=list)
@@ -84,6 +87,7 @@ class Memory:
     taken: dict[str, tuple[int, int]] = field(default_factory=dict)
     raised: dict[str, dict[str, str]] = field(default_factory=dict)
     shift: int = 0
+    worst: tuple[str, str] | None = None
 
 
 class Autopilot:
@@ -95,6 +99,7 @@ class Autopilot:
     def __init__(self, config: AutopilotConfig, applied: AppliedRecipe, file: Path | None) -> None:
         self.config, self._applied, self._file = config, applied, file
         self.memory = Memory()
+        self._keys = [canonical_digest(plain(rule)) for rule in config.rules]  # a resume may have others around them
         self.told: list[str] = []  # since the last `news`
         self._step = 0
         self._refusing: tuple[int, str] | None = None  # rule and cause of the step that `judge` refused
@@ -129,7 +134,7 @@ class Autopilot:
         spiked = self._refusing is not None
         if finite:
             known = result.grad_norm if result.grad_norm > 0 else None
-            m.losses = [*m.losses[-_KEPT:], (step, result.loss, known, not (result.skipped or spiked))]
+            m.losses = [*m.losses[-LONGEST:], (step, result.loss, known, not (result.skipped or spiked))]
         found = self._first((NotFinite, Drift, Spike), lambda when: self._after_step(when))
         calm = finite and not spiked and self._near_lowest()
         m.troubled = None if calm else m.troubled if m.troubled is not None else step
@@ -137,6 +142,7 @@ class Autopilot:
 
     def after_look(self, look: Look) -> Action | None:
         """An action for what the monitor has seen."""
+        self.memory.worst = self._least(look) or self.memory.worst
         for number, rule in self._rules(Raise, RollBack):
             cause = worst = None
             if isinstance(rule.when, Drowned) and look.noise is not None and look.noise < rule.when.below:
@@ -146,7 +152,7 @@ class Autopilot:
                 cause = worst and worst[2]
             if cause is None:
                 continue
-            action = self._made(number, rule, cause, worst[:2] if worst else self._least(look))
+            action = self._made(number, rule, cause, worst[:2] if worst else self.memory.worst)
             if action is not None:
                 return self._take(action)
         return None
@@ -177,6 +183,7 @@ class Autopilot:
                 found = json.loads(file.read_text(encoding="utf-8"))
                 found["losses"] = [tuple(item) for item in found["losses"]]
                 found["taken"] = {k: tuple(v) for k, v in found["taken"].items()}
+                found["worst"] = tuple(found["worst"]) if found.get("worst") else None
                 self.memory = Memory(**found)
             except (json.JSONDecodeError, KeyError, TypeError) as e:
                 raise CheckpointError(f"{file}: not what the autopilot writes ({e}); remove it to start afresh") from e
@@ -273,7 +280,7 @@ class Autopilot:
         """Those with such an action that may act now."""
         found = []
         for number, rule in enumerate(self.config.rules):
-            times, last = self.memory.taken.get(str(number), (0, -(10**9)))
+            times, last = self.memory.taken.get(self._keys[number], (0, -(10**9)))
             if isinstance(rule.do, kinds) and times < rule.times and self._step - last > rule.rest:
                 found.append((number, rule))
         return found
@@ -287,7 +294,7 @@ class Autopilot:
             cause = cause_of(rule.when)
             allowed = any(number == n for n, _ in self._rules(RollBack, Raise))
             if found is None and cause is not None and allowed:
-                found = self._made(number, rule, cause, None)
+                found = self._made(number, rule, cause, self.memory.worst)
         return self._take(found) if found is not None else None
 
     def _made(self, number: int, rule: Rule, cause: str, worst: Sequence[str] | None) -> Action | None:
@@ -306,7 +313,7 @@ class Autopilot:
 
     def _take(self, action: Action) -> Action | None:
         """Count and tell it; the action where it is to be done, None in `advise`."""
-        key = str(action.rule)
+        key = self._keys[action.rule]
         times, _ = self.memory.taken.get(key, (0, 0))
         self.memory.taken[key] = times + 1, self._step
         self._tell(action.text(), action.cause)

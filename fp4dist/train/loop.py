@@ -200,6 +200,8 @@ class _Training:
         self.engine, self.applied = build_engine(config, world)
         self._watcher = Watcher(config, world, self.applied, self.engine, self.folder)
         self._load(start)
+        if start.folder is not None:
+            self._watcher.load(start.folder)
         world.from_rank0(lambda: self._open_folder(start))
         self._watcher.open(start.step if start.manifest is not None else -1)
         with self._watching_for_sigterm():
@@ -254,7 +256,6 @@ class _Training:
         self.engine.load(start.folder / checkpoint.STATE, step=m.step, same_layout=same)
         self._load_kept(start.folder, m)
         communication.load(self.engine.compression, start.folder / checkpoint.STATE)
-        self._watcher.load(start.folder)
         self.applied.drop_caches()
         log.info("continuing from %s: step %d of %d", start.folder, m.step, self.config.train.steps)
         if m.recipe_hash != checkpoint.recipe_hash(self.config.recipe):

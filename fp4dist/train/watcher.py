@@ -8,8 +8,8 @@ from typing import Any
 
 from fp4dist.nn.apply import AppliedRecipe
 from fp4dist.spec.run import RunConfig
-from fp4dist.spec.watching import BadOperand, Drowned, RollBack
-from fp4dist.train.autopilot import Action, Autopilot
+from fp4dist.spec.watching import AutopilotConfig, BadOperand, Drowned, RollBack
+from fp4dist.train.autopilot import STATE, Action, Autopilot
 from fp4dist.train.engine import Engine, StepResult
 from fp4dist.train.folder import RunFolder
 from fp4dist.train.monitor import Monitor, Observe
@@ -97,8 +97,17 @@ class Watcher:
         return self._autopilot.news() if self._autopilot is not None else []
 
     def load(self, folder: Path) -> None:
-        """Take what a checkpoint holds."""
-        if self._autopilot is not None:
+        """Take what a checkpoint holds. Raised GEMMs and left-out samples stay where the autopilot is off now."""
+        if self._autopilot is None and (folder / STATE).exists():
+            self._autopilot = Autopilot(AutopilotConfig(mode="off", rules=()), self._applied, None)
+            self._autopilot.load(folder)
+            memory = self._autopilot.memory
+            if memory.raised or memory.shift:
+                log.warning(
+                    "autopilot: off; from before %d linears stay raised and %d samples left out",
+                    len(memory.raised), memory.shift,
+                )  # fmt: skip
+        elif self._autopilot is not None:
             self._autopilot.load(folder)
 
     def save(self, folder: Path) -> None:

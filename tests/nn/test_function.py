@@ -7,6 +7,7 @@ summation order, plus a few roundings of the global scales.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from fp4dist.nn.clock import Clock
 from fp4dist.nn.comm import NoComm
 from fp4dist.nn.function import fp4_linear
 from fp4dist.numerics import BlockScaledTensor, Key, dequantize, quantize
-from fp4dist.numerics.rotation import unrotate
+from fp4dist.numerics.rotation import turned_back
 from fp4dist.spec.estimators import Straight
 from fp4dist.spec.formats import NVFP4
 from fp4dist.spec.load import load_recipe, shipped
@@ -83,11 +84,10 @@ def composition(recipe: LinearRecipe, dtype: torch.dtype = torch.float32) -> dic
         codes, spec = made[forward[slot]], recipe.slot(forward[slot])
         assert isinstance(codes, BlockScaledTensor)
         assert spec is not None
-        found = dequantize(codes)
-        if spec.rotation is not None:
-            key = Key(seed=CLOCK.seed, layer=NUMBER, step=CLOCK.step, micro_batch=CLOCK.micro_batch)
-            found = unrotate(found, spec.rotation, key)
-        return found.t()
+        if spec.rotation is None:
+            return dequantize(codes).t()
+        key = Key(seed=CLOCK.seed, layer=NUMBER, step=CLOCK.step, micro_batch=CLOCK.micro_batch)
+        return turned_back(dequantize(replace(codes, rotation=1)), spec.rotation, key).t()
 
     for number, slot in enumerate(SLOTS):
         wanted = recipe.slot(slot)

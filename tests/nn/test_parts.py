@@ -26,7 +26,7 @@ from fp4dist.nn.sites import LinearSite
 from fp4dist.numerics import dequantize, matmul, quantize
 from fp4dist.numerics.quantize import original
 from fp4dist.numerics.splits import Place, decompose, token_mean
-from fp4dist.numerics.tensor import BlockScaledTensor, PartedTensor
+from fp4dist.numerics.tensor import BlockScaledTensor, PartedTensor, pack, unpack
 from fp4dist.spec.blocks import Ceil, Hadamard
 from fp4dist.spec.formats import MXFP8, NVFP4
 from fp4dist.spec.operand import QuantSpec
@@ -275,7 +275,29 @@ def test_backward_reads_codes_alone_until_channels_are_chosen() -> None:
     assert all(isinstance(operand, BlockScaledTensor) for operand in watched.operands.values())
     watched, _ = run(of)
     assert {slot for slot, operand in watched.operands.items() if isinstance(operand, PartedTensor)} == parted_slots(of)
-    assert not {"dgrad.w:codes", "wgrad.x:codes"} & set(watched.calls)
+    assert not {"dgrad.w:codes", "wgrad.x"} & set(watched.calls)
+    x_q, again_q = watched.operands["fprop.x"], watched.operands["wgrad.x"]  # the parts of whose value its parts have
+    assert isinstance(again_q, PartedTensor)
+    chosen = torch.zeros(INPUTS, dtype=torch.bool).index_fill_(0, torch.tensor(CHOSEN), True)
+    expected = decompose(value(x_q).float().t(), replace(NV, outlier=CHANNELS), Place(channels=chosen, channel_dim=0))
+    assert torch.equal(dequantize(again_q.main), dequantize(quantize(expected.rest, NV)))
+    assert expected.side is not None
+    assert torch.equal(again_q.side, expected.side)  # type: ignore[arg-type]
+
+
+def test_of_chosen_channels_backward_is_kept_these_alone() -> None:
+    watched, _ = run(RECIPES["channels"], dtype=torch.bfloat16)
+    for slot in ("fprop.x", "fprop.w"):
+        q = watched.operands[slot]
+        assert isinstance(q, PartedTensor)
+        tensors, layout = pack(q)
+        assert tensors[3].shape == (q.shape[0], 16)  # five, and as many others as make a multiple
+        assert tensors[3].dtype == torch.bfloat16
+        kept = unpack(tensors, layout)
+        assert torch.equal(dequantize(kept), dequantize(q))
+        b = quantize(normal(32, INPUTS, seed=8), NV)
+        assert torch.equal(matmul(kept, b), matmul(q, b))
+        assert torch.equal(pack(kept)[0][3], tensors[3])
 
 
 def test_merged_channels_are_requantized_for_dgrad() -> None:

@@ -23,6 +23,7 @@ from fp4dist.numerics.splits import (
     bare,
     decompose,
     hot_residual,
+    in_precision,
     low_rank,
     quantiles,
     take_channels,
@@ -340,6 +341,16 @@ def test_bf16_parts_have_the_operands_dtype() -> None:
     side = decompose(x, replace(NV, outlier=Occ(alpha=0.9)), Place()).side
     assert side is not None
     assert torch.equal(side, side.bfloat16().float())
+
+
+def test_bf16_holds_what_mxfp8_has_of_it() -> None:
+    x = (normal(70, 96, seed=6) * torch.exp2(torch.arange(70.0) * 4 - 152)[:, None]).bfloat16()  # all its binades
+    x[60, 3] = torch.finfo(torch.bfloat16).max  # whose values round to Inf
+    found = in_precision(x, "mxfp8", torch.bfloat16, Place())
+    wide = in_precision(x.float(), "mxfp8", torch.bfloat16, Place())
+    assert (found.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(found.float(), wide)
+    assert not torch.equal(wide, x.float())
 
 
 # -- channels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,9 @@ def test_a_study_gives_points(tmp_path: Path) -> None:
     file.write_text(json.dumps({"cells": []}), encoding="utf-8")
     with pytest.raises(DataError, match="bf16"):
         study_points(file)
+    file.write_text("[]", encoding="utf-8")
+    with pytest.raises(DataError, match="not the results"):
+        study_points(file)
 
 
 def test_the_program(tmp_path: Path) -> None:
@@ -112,7 +116,12 @@ def test_the_program(tmp_path: Path) -> None:
     run = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "| paper | 85.5 | 103.5 | 125.2 | 151.5 |" in run.stdout
+    assert re.search(r"^\| fitted, 95 % \| \d+ to \d+ \|", run.stdout, re.M)
     assert "paper: FP4:FP4" in run.stdout
+    regions = json.loads((tmp_path / "law.json").read_text(encoding="utf-8"))["regions"]
+    assert regions["paper"]["100000000.0"] == [pytest.approx(85.5, abs=0.1), None]
+    low, high = regions["fitted"]["100000000.0"][1]
+    assert 50 < low < high < 150
     assert {f.name for f in tmp_path.iterdir()} == {"law.json", "fit.png", "regions.png"}
     wrong = subprocess.run([*command[:2], "nothing"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +20,17 @@ from fp4dist.spec.load import load_recipe
 from fp4dist.spec.run import BackendConfig
 from fp4dist.study.model import Llama, initialize, schedule
 from fp4dist.study.pieces import expected, read_records, work
-from fp4dist.study.plan import Job, Study, digest, every_linear, jobs, load_study
+from fp4dist.study.plan import Job, Study, digest, every_linear, fingerprint, jobs, load_study
 from fp4dist.study.report import verdict, write_report
-from fp4dist.study.statistics import Arms, Difference, half_interval
+from fp4dist.study.results import read_results
+from fp4dist.study.statistics import Arms, half_interval
 from fp4dist.study.tokens import Stream, held_out_batches, training_batches
 from fp4dist.study.training import Data, Training, load_data
 from tests.train.token_runs import write_tokens
 from tools import screen_forward
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH = 64, 32
 
 
@@ -125,6 +128,19 @@ def test_a_record_counts_for_every_study_that_has_its_run(study: Study, data: Da
     assert "Missing" not in text
     assert "| fine | 100% | 2 |" in text
     assert "coarse" not in text
+    renamed = replace(other, arms=(study.arms[0], replace(study.arms[1], name="finest")))
+    assert "| finest | 100% | 2 |" in write_report(renamed, read_records(out), tmp_path)
+
+
+def test_a_field_of_a_later_version_makes_no_other_run(study: Study) -> None:
+    job = jobs(study)[1]
+    config = job.config({})
+    later = json.loads(json.dumps(config))
+    del later["recipe"]["linears"]["fp4"]["fprop"]["x"]["outlier"]  # as it was before the field existed
+    assert later != json.loads(json.dumps(config))
+    assert fingerprint(later) == job.fingerprint
+    later["recipe"]["linears"]["fp4"]["fprop"]["x"]["block"] = [1, 32]
+    assert fingerprint(later) != job.fingerprint
 
 
 def test_a_record_of_another_configuration_stays_and_is_named(study: Study, data: Data, out: Path) -> None:
@@ -176,7 +192,8 @@ def test_the_last_piece_finishes_a_cut_run_or_leaves_it(
     whole = json.loads(record_file(out, job).read_text(encoding="utf-8"))
     like = tmp_path / "records" / "like.json"  # the other seed's, which says how long a run takes
     like.parent.mkdir()
-    like.write_text(json.dumps({**whole, "hash": "other", "seconds": 600.0}), encoding="utf-8")
+    other = {**whole, "config": {**whole["config"], "seed": 2}, "seconds": 600.0}
+    like.write_text(json.dumps(other), encoding="utf-8")
     state = tmp_path / "state"
 
     def last_piece(seconds: float) -> None:
@@ -225,14 +242,45 @@ def test_the_table_names_gaps_order_and_what_is_missing(study: Study, out: Path,
     assert gap is not None
     assert gap.mean == pytest.approx(sum(expected) / 2)
     assert gap.half == pytest.approx(12.706 * abs(expected[0] - expected[1]) / 2)
-    assert f"| fine | 100% | 2 | {(losses['fine', 1] + losses['fine', 2]) / 2:.4f} | {gap.text()} | 0.0500 |" in text
+    pooled = arms.noise(*cell[:2])
+    assert pooled is not None
+    assert (pooled.arms, pooled.seeds, pooled.freedom) == (3, 2, 2)
+    row = (
+        f"| fine | 100% | 2 | {(losses['fine', 1] + losses['fine', 2]) / 2:.4f} | {gap.text()} | {pooled.half(2):.4f} |"
+    )
+    assert row in text
     assert "| fine < coarse |" in text
     assert "+0.0300" in text  # the published difference
+    assert re.search(r"^\| coarse \| [^|]* \| 0.0800 \| 1.60 \| [0-9.]+ \|$", text, re.M)
     assert "Missing" not in text
-    assert {"gaps.png", "curves.png", "results.json", "table.md"} <= {f.name for f in tmp_path.iterdir()}
+    pictures = {"gaps.png", "cost.png", "losses.png", "curves.png"}
+    assert {f.name for f in tmp_path.iterdir()} == pictures | {"results.json", "table.md"}
+    assert pictures == set(re.findall(r"\((\w+\.png)\)", text))
     fewer = write_report(study, [r for r in records if r["arm"] != "fine"], tmp_path)
     assert "Missing: 2 of 8 runs" in fewer
-    assert "| fine < coarse | missing |" in fewer
+    assert "| fine < coarse" not in fewer
+    one = write_report(study, [r for r in records if r["seed"] == 1], tmp_path)
+    assert one.count("**One seed: no interval here says what another seed would give.**") == 1  # bf16 alone has no gap
+    assert "(one seed)" in one
+
+
+def test_a_report_is_made_again_from_its_results(study: Study, out: Path, tmp_path: Path) -> None:
+    """To the byte, pictures too; results.json is a fraction of the records."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_report(study, read_records(out), first)
+    write_report(study, read_results(first / "results.json"), second)
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+    (tmp_path / "other.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(DataError, match="not a report's"):
+        read_results(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("docs/studies/*/results.json")), ids=lambda f: f.parent.name)
+def test_a_committed_page_is_what_its_results_give(file: Path, tmp_path: Path) -> None:
+    page = write_report(load_study(file.parent.name), read_results(file), tmp_path)
+    assert page == (file.parent / "table.md").read_text(encoding="utf-8")
+    assert file.read_text(encoding="utf-8") == (tmp_path / "results.json").read_text(encoding="utf-8")
 
 
 def test_time_to_quality_follows_its_formula() -> None:
@@ -251,7 +299,55 @@ def test_time_to_quality_follows_its_formula() -> None:
     [(0.1, 0.05, "holds"), (-0.1, 0.05, "reversed"), (0.01, 0.05, "not resolved"), (0.1, math.nan, "one seed")],
 )
 def test_a_pair_is_judged_by_its_interval(mean: float, half: float, word: str) -> None:
-    assert verdict(Difference(mean, half, {})).startswith(word)
+    assert verdict(mean, half).startswith(word)
+
+
+def of_losses(losses: dict[str, dict[int, float]]) -> Arms:
+    """Arms of one model and budget."""
+    return Arms.of(
+        {"model": "m", "budget": 1, "arm": arm, "seed": seed, "loss": loss}
+        for arm, found in losses.items()
+        for seed, loss in found.items()
+    )
+
+
+def test_noise_is_what_means_of_arms_and_seeds_leave() -> None:
+    """Of two arms it is the paired test; of more, the residual of least squares."""
+    two = of_losses({"bf16": {1: 3.0, 2: 3.01}, "x": {1: 3.05, 2: 3.09}, "y": {1: 3.2}})
+    noise, gap = two.noise("m", 1), two.difference(("m", 1, "x"), "bf16")
+    assert noise is not None
+    assert gap is not None
+    assert (noise.arms, noise.seeds, noise.freedom) == (2, 2, 1)
+    assert noise.half(2) == pytest.approx(gap.half)
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(4, 3))
+    names = ("bf16", "x", "y", "z")
+    many = of_losses({arm: dict(enumerate(row)) for arm, row in zip(names, table, strict=True)}).noise("m", 1)
+    design = np.hstack([np.kron(np.eye(4), np.ones((3, 1))), np.kron(np.ones((4, 1)), np.eye(3))])
+    rest = table.ravel() - design @ np.linalg.lstsq(design, table.ravel(), rcond=None)[0]
+    assert many is not None
+    assert many.freedom == 6
+    assert many.deviation == pytest.approx(float(np.sqrt((rest**2).sum() / 6)))
+    assert many.half(3) == pytest.approx(2.447 * many.deviation * math.sqrt(2 / 3))
+    assert of_losses({"bf16": {1: 3.0}, "x": {1: 3.1}}).noise("m", 1) is None
+
+
+def test_late_losses_are_compared_on_the_same_samples() -> None:
+    """The last quarter of 80 steps is two windows; with two seeds the interval is over seeds."""
+
+    def run(arm: str, seed: int, extra: tuple[float, float]) -> dict[str, object]:
+        curve = [[step, 9.0 if step <= 60 else 3.0 + extra[step // 80], 1.0] for step in range(10, 81, 10)]
+        return {"model": "m", "budget": 1, "arm": arm, "seed": seed, "loss": 3.0, "steps": 80, "curve": curve}
+
+    one = Arms.of([run("bf16", 1, (0.0, 0.1)), run("x", 1, (0.04, 0.16))]).late(("m", 1, "x"), "bf16")
+    assert one is not None
+    assert one.mean == pytest.approx(0.05)
+    assert one.half == pytest.approx(12.706 * 0.01)  # of 0.04 and 0.06
+    base = [run("bf16", seed, (0.0, 0.0)) for seed in (1, 2)]
+    two = Arms.of([*base, run("x", 1, (0.1, 0.3)), run("x", 2, (0.3, 0.5))]).late(("m", 1, "x"), "bf16")
+    assert two is not None
+    assert two.per_seed == {1: pytest.approx(0.2), 2: pytest.approx(0.4)}
+    assert two.half == pytest.approx(12.706 * 0.1)
 
 
 def test_the_interval_is_students() -> None:
@@ -322,6 +418,8 @@ def test_the_schedule_is_one_cycle() -> None:
 def test_what_a_study_refuses(study: Study) -> None:
     with pytest.raises(ConfigError, match="no arms"):
         jobs(study, ("nothing",))
+    with pytest.raises(ConfigError, match="no seeds"):
+        jobs(study, seeds=(7,))
     with pytest.raises(ValueError, match="bf16"):
         replace(study, arms=study.arms[1:])
     with pytest.raises(ValueError, match="two have one name"):

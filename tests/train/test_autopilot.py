@@ -33,9 +33,10 @@ from fp4dist.spec.watching import (
     Skip,
     Spike,
 )  # fmt: skip
-from fp4dist.train.autopilot import Autopilot
+from fp4dist.train.autopilot import STATE, Autopilot
 from fp4dist.train.engine import StepResult
 from fp4dist.train.monitor import Look
+from fp4dist.train.watcher import Watcher
 from tests.distributed import run_ranks
 from tests.train.tiny_run import FP4, curve, metrics, run_without_picture, tiny_run, write_counting_tokens
 from tests.train.troubles import bad_batches, nan_weights, outliers, rate_spike
@@ -123,6 +124,9 @@ def test_act_ends_near_the_undisturbed_run_and_off_does_worse(
     else:
         assert not undone.exists()
     assert told.count("act: ") == len(expected)
+    last = max((Path(config.run_dir) / "checkpoints").iterdir(), key=lambda folder: folder.name)
+    taken = json.loads((last / STATE).read_text(encoding="utf-8"))["taken"]
+    assert sum(times for times, _ in taken.values()) == len(expected)  # going back does not forget them
 
 
 def nan_on_one_rank(folder: str) -> dict[str, Any]:
@@ -247,6 +251,37 @@ def test_advise_takes_nothing() -> None:
     assert p.memory.raised == {}
 
 
+def test_a_drift_raises_the_layer_that_the_last_look_found_worst(tmp_path: Path) -> None:
+    p, other = (pilot(Rule(when=Drift(window=2, at_least=0.5), do=Raise(to="fp8"))) for _ in range(2))
+    p.begin(1)
+    assert p.after_look(look(qsnr=12.0)) is None
+    p.save(tmp_path)
+    other.load(tmp_path)
+    found, same = ([step(one, i, loss)[1] for i, loss in enumerate((3.0, 3.0, 9.0), start=1)] for one in (p, other))
+    assert found == same
+    assert found[:2] == [None, None]
+    assert (found[2].paths, found[2].gemms) == (("decoder.layers.0.mlp.linear_fc1",), ("fprop",))
+    blind = pilot(Rule(when=Drift(window=2, at_least=0.5), do=Raise()))
+    assert [step(blind, number, loss)[1] for number, loss in enumerate((3.0, 3.0, 9.0), start=1)] == [None] * 3
+
+
+def test_switched_off_it_keeps_what_it_raised_and_left_out(tokens: Path, tmp_path: Path) -> None:
+    p = pilot(*RULES)
+    p.memory.raised, p.memory.shift = {QKV: {"fprop": "bf16"}}, 24
+    p.save(tmp_path)
+    applied = plan_table(gpt_sites(load_run("tiny").model), load_recipe("quartet2"))
+    nothing: Any = None  # of a run that is off
+    watcher = Watcher(config_of(tokens, "x", "off"), nothing, applied, nothing, nothing)
+    watcher.load(tmp_path / "none")
+    assert watcher.shift == 0
+    watcher.load(tmp_path)
+    assert watcher.shift == 24
+    assert applied.raised == {QKV: {"fprop": "bf16"}}
+    (tmp_path / "next").mkdir()
+    watcher.save(tmp_path / "next")
+    assert json.loads((tmp_path / "next" / STATE).read_text(encoding="utf-8"))["shift"] == 24
+
+
 def test_state_survives_a_file_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
     p, other = pilot(*RULES), pilot(*RULES)
     for i in range(1, 12):
@@ -255,6 +290,12 @@ def test_state_survives_a_file_and_a_wrong_one_is_refused(tmp_path: Path) -> Non
     p.save(tmp_path)
     other.load(tmp_path)
     assert other.memory == p.memory
+    p.begin(13)
+    assert p.after_look(look(underflow=0.99)) is not None
+    p.save(tmp_path)
+    fewer = pilot(*RULES[1:])  # a resume without the first rule: what the others have done stays theirs
+    fewer.load(tmp_path)
+    assert [number for number, _ in fewer._rules(Raise)] == []
     (tmp_path / "autopilot.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match="not what the autopilot writes"):
         other.load(tmp_path)
@@ -280,6 +321,20 @@ def test_what_the_file_may_not_say(tokens: Path) -> None:
         build(AutopilotConfig, {"rules": [{"when": {"kind": "drift"}, "do": {"kind": "skip"}}]})
     with pytest.raises(ValueError, match="there are none"):
         config_of(tokens, "x", "act", "checkpoint.every=0")
+    for when, do, match in (
+        (NotFinite(in_a_row=9), RollBack(), r"stops after train.max_nonfinite_steps = 5"),
+        (Drift(), Raise(), r"rules\[0\].*add `monitor: \{\}`"),
+        (Drowned(), Raise(), "drowned asks for the gradient's noise"),
+    ):
+        silent = MonitorConfig(noise=False) if isinstance(when, Drowned) else None
+        rules = AutopilotConfig(mode="advise", rules=(Rule(when=when, do=do),))
+        with pytest.raises(ValueError, match=match):
+            dataclasses.replace(config_of(tokens, "x", "off"), autopilot=rules, monitor=silent)
+    for wrong in (
+        lambda: Spike(window=300), lambda: Drift(window=300), lambda: RollBack(skip=-1.0), lambda: Drowned(below=0.0)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"window <= 256|must not be negative|must be positive"):
+            wrong()
     base = config_of(tokens, "x", "off")
     watched = dataclasses.replace(base, monitor=MonitorConfig(every=10))
     assert config_hash(base) == config_hash(watched)

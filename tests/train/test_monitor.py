@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from fp4dist.nn.operands import oscillation
-from fp4dist.spec.load import config_hash
+from fp4dist.nn.apply import apply_recipe
+from fp4dist.nn.operands import OperandWatch, oscillation
+from fp4dist.spec.load import changed_recipe, config_hash
 from fp4dist.spec.recipe import SLOTS
 from fp4dist.spec.run import RunConfig
 from fp4dist.spec.watching import MonitorConfig
@@ -102,6 +105,22 @@ def test_two_ranks_see_what_one_sees(tokens: Path) -> None:
                 ):  # dY is scaled by dp
                     if slot in layer:
                         assert seen["linears"][path][slot][key] == pytest.approx(layer[slot][key], rel=0.15, abs=0.02)
+
+
+def test_what_stands_beside_codes_is_not_theirs() -> None:
+    """Activations of 100 + normal noise: where the mean stands apart, codes hold the noise."""
+    x = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+    amax = {}
+    for recipe in ("averis", "nvidia_nvfp4"):
+        model = nn.Sequential(OrderedDict(linear_fc1=nn.Linear(128, 128, bias=False)))
+        rules = [{"roles": ["fc1"], "linear": "fp4"}]
+        applied = apply_recipe(model, changed_recipe(recipe, {"rules": rules}), seed=0, tokens=256)
+        watch = OperandWatch(applied, 128)
+        with applied.aside(), watch.watching():
+            model(100 + x).sum().backward()
+        amax[recipe] = watch.read()["linear_fc1", "fprop.x"].amax
+    assert amax["nvidia_nvfp4"] == pytest.approx(100 + float(x.max()), abs=1e-3)
+    assert amax["averis"] == pytest.approx(float((x - x.mean(0)).abs().max()), abs=0.05)
 
 
 def test_oscillation_counts_codes_that_come_back() -> None:

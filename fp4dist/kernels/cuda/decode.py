@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fp4dist.kernels.cuda import filters
 from fp4dist.numerics.codes import decode_packed
 from fp4dist.numerics.layout import TILE_COLUMNS, TILE_ROWS
-from fp4dist.numerics.rotation import unrotate
+from fp4dist.numerics.rotation import turned_back
 from fp4dist.numerics.scales import fp32
 from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, Key
 from fp4dist.spec.blocks import Hadamard
@@ -53,8 +54,7 @@ def original(q: BlockScaledTensor, rotation: Hadamard | None, key: Key | None = 
     """[R, C] fp32 values of `q`, turned back from the rotated basis that its codes are in."""
     if rotation is not None and filters.why_no_original(q) is None:
         return filters.original(q, rotation, key)
-    values = dequantize(q)
-    return values if rotation is None else unrotate(values, rotation, key)
+    return dequantize(q) if rotation is None else turned_back(dequantize(replace(q, rotation=1)), rotation, key)
 
 
 def to_carrier(q: BlockScaledTensor, dtype: torch.dtype, *, transposed: bool = False) -> Carrier:

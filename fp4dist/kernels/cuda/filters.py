@@ -111,7 +111,7 @@ def original(
     )  # fmt: skip
     torch.ops.fp4dist.turn_back(
         q.codes.contiguous(), q.scales.contiguous(), q.global_scale, when(key), how,
-        (1.0, 1.0, 1.0, fp32(rotation.size**-0.5)), out,
+        (1.0, 1.0, 1.0, 1.0 / rotation.size), out,
     )  # fmt: skip
     return out
 

@@ -45,18 +45,6 @@ _PAIRS = frozenset({
 
 MISFITS_ALONE = 4  # kMisfitsAlone of csrc/decode.h
 _BEFORE = 3  # among Form.factors
-_values_alone = False
-
-
-def allow_values_alone(on: bool = True) -> None:
-    """Write FP8 values without codes where a `Form` can: checked in emulation, run on no GPU."""
-    global _values_alone
-    _values_alone = on
-
-
-def allowed(form: Form) -> bool:
-    """Whether `form`'s FP8 values are written without codes."""
-    return _values_alone and form.values_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,9 +216,9 @@ class Source(NamedTuple):
             *found, int(swizzled),
         )  # fmt: skip
 
-    def root(self) -> float:
-        """1 / sqrt of the size that codes are turned back from."""
-        return fp32(self.turn[0] ** -0.5)
+    def nth(self) -> float:
+        """1 / the size of the rotation that codes are turned back from."""
+        return 1.0 / self.turn[0]
 
 
 def place(key: Key | None, rows: int, columns: int, group: int) -> tuple[int, ...]:

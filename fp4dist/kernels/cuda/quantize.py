@@ -105,7 +105,7 @@ def _measurement(source: Source, spec: QuantSpec, key: Key | None) -> tuple[tupl
     """(integers, factors) of the job that only looks for the amax."""
     form = form_of(spec)
     how = (*source.integers(form, False, jobs.MEASURE), *jobs.signs(spec.rotation, key), *jobs.place(None, 0, 0, 8), 0)
-    return how, (source.root(), *form.factors)
+    return how, (source.nth(), *form.factors)
 
 
 def _when(key: Key | None) -> Tensor | None:
@@ -167,7 +167,7 @@ class _Work:
         self.eden = self.form.rule == jobs.EDEN
         self.codes = self.scales = self.values = self.corrected = self.counters = self.outer = self.inside = None
         self.memory = self.want.memory if self.narrow else None
-        self.alone = self.memory is not None and not self.want.codes and jobs.allowed(self.form)
+        self.alone = self.memory is not None and not self.want.codes and self.form.values_alone
         if self.want.codes or self.narrow or self.eden:
             self.codes = torch.empty((rows, cols // 2), dtype=torch.uint8, device=device)
         if self.want.codes or self.narrow:
@@ -226,7 +226,7 @@ class _Work:
             self.memory if self.counters is None else self.counters[0],
             self.global_scale if form.needs_amax else None, self.inside,
         )  # fmt: skip
-        return how, (self.source.root(), *form.factors), self.outer, outputs
+        return how, (self.source.nth(), *form.factors), self.outer, outputs
 
     def run(self, misfits: bool = False) -> None:
         """Fill the outputs from the matrix alone."""

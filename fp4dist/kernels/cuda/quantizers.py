@@ -12,9 +12,9 @@ from fp4dist import numerics
 from fp4dist.kernels.cuda import decode, filters, grids, jobs
 from fp4dist.kernels.cuda import quantize as fast
 from fp4dist.numerics.grouping import ReduceMax
-from fp4dist.numerics.rotation import unrotate
+from fp4dist.numerics.rotation import turned_back
 from fp4dist.numerics.scales import divide, fp32
-from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, PartedTensor, Quantized, Want
+from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, PartedTensor, Quantized, Want, unturned
 from fp4dist.spec.blocks import Ema, Hadamard, Nearest
 from fp4dist.spec.recipe import QuantSpec
 
@@ -70,7 +70,7 @@ def dequantize(q: Quantized) -> Tensor:
     """[R, C] fp32 values; see `fp4dist.numerics.dequantize`."""
     if isinstance(q, PartedTensor):
         values = dequantize(q.main)
-        return values if q.side is None else values + q.side * fp32(q.rotation**-0.5)
+        return q.plus_side(values, fp32(q.rotation**-0.5))
     if q.samples > 1:
         total = dequantize(q.sample(0))
         for i in range(1, q.samples):
@@ -89,7 +89,7 @@ def original(
         return dequantize(q).to(dtype)
     if isinstance(q, BlockScaledTensor) and filters.why_no_original(q) is None:
         return filters.original(q, rotation, key, dtype)
-    return unrotate(dequantize(q), rotation, key).to(dtype)
+    return turned_back(dequantize(unturned(q)), rotation, key).to(dtype)
 
 
 def why_not_values(spec: QuantSpec | None) -> str | None:

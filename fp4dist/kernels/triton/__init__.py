@@ -12,12 +12,16 @@ from torch import Tensor
 
 from fp4dist.kernels.registry import Request, declare_missing, kernel
 from fp4dist.numerics.matmul import Operand
+from fp4dist.numerics.splits import Parts, Place
+from fp4dist.spec.recipe import QuantSpec
 
 if util.find_spec("triton") is None:
     declare_missing("triton", "the package triton is not installed")
 else:
+    from fp4dist.kernels.triton import chosen as _chosen
     from fp4dist.kernels.triton import clamped as _clamped
     from fp4dist.kernels.triton import filters as _filters
+    from fp4dist.kernels.triton import largest as _largest
     from fp4dist.kernels.triton import matmul as _matmul
     from fp4dist.kernels.triton import originals as _originals
     from fp4dist.kernels.triton import quantizers as _quantizers
@@ -46,10 +50,23 @@ else:
 
     kernel("slope", backend="triton", supports=_supports_slope, sums=True)(_slopes.slope)
 
-    def _supports_parts(request: Request) -> str | None:
-        return _needs_gpu(request) or _clamped.why_not(request.spec)
+    _PARTS = (_clamped, _largest, _chosen)
 
-    kernel("decompose", backend="triton", supports=_supports_parts, sums=True)(_clamped.decompose)
+    def _supports_channels(request: Request) -> str | None:
+        return _needs_gpu(request) or _chosen.why_not(request.spec)
+
+    def _supports_parts(request: Request) -> str | None:
+        return _needs_gpu(request) or next(
+            (None for k in _PARTS if k.why_not(request.spec) is None), "takes no such part out"
+        )
+
+    def _decompose(x: Tensor, spec: QuantSpec, place: Place) -> Parts:
+        return next((k for k in _PARTS if k.why_not(spec) is None), _clamped).decompose(x, spec, place)
+
+    kernel("decompose", backend="triton", supports=_supports_parts, sums=True)(_decompose)
+    kernel("take_channels", backend="triton", supports=_supports_channels, sums=True)(_chosen.take_channels)
+    kernel("in_precision", backend="triton", supports=_supports_channels, sums=True)(_chosen.in_precision)
+    kernel("hot_residual", backend="triton", supports=_supports_channels, sums=True)(_chosen.hot_residual)
 
     def _supports_pair(request: Request) -> str | None:
         if request.spec is None or request.other is None:

@@ -176,11 +176,11 @@ def _store(y, out, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, EVEN:
 
 @triton.jit
 def original_kernel(
-    codes, scales, outer, signs, out, rows, cols, root,
+    codes, scales, outer, signs, out, rows, cols, nth,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     E8M0: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Values of E2M1 codes in words of eight, in the original basis. root: ROT^-1/2;  out as for `filter_kernel`."""
+    """Values of E2M1 codes in words of eight, in the original basis. nth: 1 / ROT;  out as for `filter_kernel`."""
     row, col = tl.program_id(0) * R, tl.program_id(1) * N
     run, place = lanes.runs(R * N // E, E // 8, E // 8)
     r, w = run // (N // E), run % (N // E) * (E // 8) + place
@@ -193,8 +193,8 @@ def original_kernel(
     scale = a.decode_e8m0(stored) if E8M0 else a.decode_e4m3(stored)
     nibble = tl.reshape(words, (R * N // E, E // 8, 1)) << (28 - 4 * tl.arange(0, 8))[None, None, :]
     y = a.e2m1_signed(tl.reshape(nibble, (R * N // E, E)))
-    y = y * scale[:, None] * (tl.load(outer) * root)
-    y = a.rotate(y, R * N // E, E, ROT) * root
+    y = y * scale[:, None] * tl.load(outer)
+    y = a.rotate(y, R * N // E, E, ROT) * nth
     if SIGNED:
         y = _flipped(y, signs, R, N, E, ROT)
     _store_in(y, out, row, col, rows, cols, R, N, E, EVEN, ASM)
@@ -337,7 +337,7 @@ def original(
     programs, constants = _tiles(out, rotation, q.block[1])
     original_kernel[programs](
         q.codes.contiguous().view(torch.int32), q.scales.contiguous(), q.global_scale,
-        sign_words(rotation, key, out.device), _in_words(out), rows, cols, fp32(rotation.size**-0.5),
+        sign_words(rotation, key, out.device), _in_words(out), rows, cols, 1.0 / rotation.size,
         BR=q.block[0], E8M0=q.format.scale.name == "e8m0", ASM=_has_asm(out.device), **constants,
     )  # fmt: skip
     return out

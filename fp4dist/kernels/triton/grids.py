@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fp4dist import numerics
 from fp4dist.kernels import grid_facts
+from fp4dist.kernels.triton import filters, levels, moments, tiles
 from fp4dist.kernels.triton import grid_programs as p
-from fp4dist.kernels.triton import levels, moments, tiles
 from fp4dist.kernels.triton.grid_values import (
     SCALES,
     dequantize,
@@ -103,7 +103,8 @@ def requantize(
 ) -> BlockScaledTensor | Carrier:
     """The codes of `q`'s transpose; see `fp4dist.numerics.requantize`. back: (rotation, key) of the basis of `q`."""
     if back is not None:
-        return quantize(original(q, *back).t(), spec, key, reduce_max, want=want)
+        turn = filters.original if back[0] is not None and filters.why_no_original(q) is None else original
+        return quantize(turn(q, *back).t(), spec, key, reduce_max, want=want)
     if q.rotation != 1:
         raise ValueError(f"requantize needs codes in the original basis, got rotation {q.rotation}")
     return quantize(q, spec, key, reduce_max, want=want)

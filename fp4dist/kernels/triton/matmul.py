@@ -227,10 +227,7 @@ def _product(
 def dequantize(q: Quantized) -> Tensor:
     """[R, C] fp32 values; see `fp4dist.numerics.dequantize`."""
     if isinstance(q, PartedTensor):
-        values = dequantize(q.main)
-        if q.side is None or q.rotation == 1:
-            return values if q.side is None else values.add_(q.side)
-        return values + q.side.to(torch.float32) * fp32(q.rotation**-0.5)
+        return q.plus_side(dequantize(q.main), fp32(q.rotation**-0.5))
     if not has_carrier(q):
         return grid_values.dequantize(q) if grid_values.has_values(q) else numerics.dequantize(q)
     return carrier(q).to(torch.float32) * (q.global_scale * q.rotation**-0.5)

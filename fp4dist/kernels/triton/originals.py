@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fp4dist.kernels.triton import filters
 from fp4dist.kernels.triton.matmul import dequantize
-from fp4dist.numerics.rotation import unrotate
-from fp4dist.numerics.tensor import BlockScaledTensor, Key, Quantized
+from fp4dist.numerics.rotation import turned_back
+from fp4dist.numerics.tensor import BlockScaledTensor, Key, Quantized, unturned
 from fp4dist.spec.blocks import Hadamard
 
 
@@ -20,4 +20,4 @@ def original(
         return dequantize(q).to(dtype)
     if isinstance(q, BlockScaledTensor) and filters.why_no_original(q) is None:
         return filters.original(q, rotation, key, dtype)
-    return unrotate(dequantize(q), rotation, key).to(dtype)
+    return turned_back(dequantize(unturned(q)), rotation, key).to(dtype)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fp4dist.kernels.triton import grid_values, terms
-from fp4dist.numerics.matmul import Operand, OperandParts, Single, check_product
+from fp4dist.kernels.triton.rescaled import SEGMENT
+from fp4dist.numerics.matmul import Operand, OperandParts, Single, basis_of_side, check_product
 from fp4dist.numerics.scales import divide
 from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, Chosen
 
@@ -31,8 +32,12 @@ def matmul(
     """
     rotation = check_product(a, b, out, into)
     left, right = OperandParts.of(a), OperandParts.of(b)
-    total = _Sum(multiply(left.main, right.main, into=into), multiply, rotation)
+    bases = [basis_of_side(x, y, rotation) for x, y in ((left, right), (right, left)) if x.side is not None]
     apart = _cleared(left, right)  # no codes of the one stand where the other has a side
+    alone = (left.main, right.main) if not bases else _joined(left, right) if apart else None
+    if alone is not None:
+        return multiply(*alone, into=into) if into is not None else multiply(*alone, out=out)
+    total = _Sum(multiply(left.main, right.main, into=into), multiply, bases[0])
     if left.side is not None:
         if right.partner is not None:
             total.add(left.side, right.partner, left.chosen)
@@ -192,6 +197,36 @@ def _cleared(left: OperandParts, right: OperandParts) -> bool:
     if a is None or b is None or left.side is None or right.side is None:
         return False
     return a.numbers is b.numbers and a.dim == b.dim == 1 and a.cleared and b.cleared
+
+
+def _joined(left: OperandParts, right: OperandParts) -> tuple[Carrier, Carrier] | None:
+    """Operands whose sum of products has that of both sides behind it: of bf16, where the codes' columns have a factor
+    for every segment, as the chosen columns then are segments with the factor 1.
+    """
+    if left.partner is not None or right.partner is not None:
+        return None
+    found = _lengthened(left), _lengthened(right)
+    return (found[0], found[1]) if found[0] is not None and found[1] is not None else None
+
+
+def _lengthened(parts: OperandParts) -> Carrier | None:
+    """The carrier of the codes, and behind it the chosen columns of the side, filled up to whole segments."""
+    q, side, chosen = parts.main, parts.side, parts.chosen
+    assert side is not None
+    assert chosen is not None
+    if not isinstance(q, BlockScaledTensor) or q.global_scale.dim() != 2 or side.dtype != torch.bfloat16:
+        return None
+    if q.shape[1] != q.global_scale.shape[1] * SEGMENT:
+        return None
+    carrier = q.carrier  # a GEMM that multiplies codes would lose by carriers
+    if carrier is None or carrier.rows is None or not carrier.near:  # whose common scale is 1
+        return None
+    taken, missing = _picked(side, chosen), -chosen.numbers.numel() % SEGMENT
+    taken = torch.nn.functional.pad(taken, (0, missing)) if missing else taken
+    ones = carrier.rows.new_ones(side.shape[0], taken.shape[1] // SEGMENT)
+    return replace(
+        carrier, values=torch.cat((carrier.values, taken), dim=1), rows=torch.cat((carrier.rows, ones), dim=1)
+    )
 
 
 def _is_thin(x: Single) -> bool:

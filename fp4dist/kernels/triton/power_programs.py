@@ -55,7 +55,7 @@ def _counters(y, row, col, width, row_run, r0, r1, column_run, q0, q1, R: tl.con
 
 @triton.jit
 def _step(y, amax, factor, STD: tl.constexpr, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr):
-    """[G] factor * standard deviation (or root mean square) of blocks: `programs._quest_step` without divisions."""
+    """[G] factor * standard deviation (or nth mean square) of blocks: `programs._quest_step` without divisions."""
     exponent = (a.bits(amax) >> 23) & 0xFF
     z = y * a.decode_e8m0(254 - exponent)[:, None]
     if STD:
@@ -169,7 +169,7 @@ def _written_quickly(
 
 @triton.jit
 def _tile(
-    tile, largest, count, x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values,
+    tile, largest, count, x, stride, qscales, qglobal, back, nth, rows, cols, table, signs, codes, scales, values,
     inside, memory, shared, factor_of, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1,
     column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
@@ -220,7 +220,7 @@ def _tile(
     else:
         if READ == 3:
             y = reads.turned_codes(
-                x, stride, qscales, qglobal, back, root, table, signs, row, col, rows, cols, R, N, EVEN, FLIPS, SIGNED,
+                x, stride, qscales, qglobal, back, table, signs, row, col, rows, cols, R, N, EVEN, FLIPS, SIGNED,
                 ASM, QUICK,
             )  # fmt: skip
             y = a.rotate(y, G, E, ROT)
@@ -230,7 +230,7 @@ def _tile(
         else:
             y = p._tile(
                 x, stride, qscales, qglobal, signs, row, col, rows, cols,
-                R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root,
+                R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, nth,
             )  # fmt: skip
         if QUICK:
             byte, deep = _written_quickly(
@@ -273,7 +273,7 @@ def _tile(
 @triton.jit
 def _matrix(
     program, tile,
-    x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory, shared,
+    x, stride, qscales, qglobal, back, nth, rows, cols, table, signs, codes, scales, values, inside, memory, shared,
     factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
@@ -287,7 +287,7 @@ def _matrix(
         end = tl.where(wrong != 0, tl.cdiv(rows, R) * tl.cdiv(cols, N), 0)
         for tile in range(program, end, tl.num_programs(0)):
             _tile(
-                tile, top, memory + 5, x, stride, qscales, qglobal, back, root, rows, cols, table,
+                tile, top, memory + 5, x, stride, qscales, qglobal, back, nth, rows, cols, table,
                 signs, codes, scales, values, inside, memory, shared, factor_of, spread, before, finer, factor, k0, k1,
                 when, c3, width, row_run, r0, r1, column_run, q0, q1, R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS,
                 READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD, LINE,
@@ -309,7 +309,7 @@ def _matrix(
     else:
         largest = tl.minimum(tl.load(memory) + HEADROOM, 254) if (CARRIER == 5) | (CARRIER == 4) else 0
         _tile(
-            tile, largest, memory + 2, x, stride, qscales, qglobal, back, root, rows, cols, table, signs,
+            tile, largest, memory + 2, x, stride, qscales, qglobal, back, nth, rows, cols, table, signs,
             codes, scales, values, inside, memory, shared, factor_of, spread, before, finer, factor, k0, k1, when, c3,
             width, row_run, r0, r1, column_run, q0, q1, R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W,
             EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES, CARRIER, MASK, ASM, AGAIN, SPREAD, LINE,
@@ -318,7 +318,7 @@ def _matrix(
 
 @triton.jit(do_not_specialize=PLACE)
 def power_kernel(
-    x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory, shared,
+    x, stride, qscales, qglobal, back, nth, rows, cols, table, signs, codes, scales, values, inside, memory, shared,
     factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     RULE: tl.constexpr, ROUND: tl.constexpr, STD: tl.constexpr, CLIPS: tl.constexpr, READ: tl.constexpr,
@@ -337,7 +337,7 @@ def power_kernel(
     """
     _matrix(
         tl.program_id(0), tl.program_id(0),
-        x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory,
+        x, stride, qscales, qglobal, back, nth, rows, cols, table, signs, codes, scales, values, inside, memory,
         shared, factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run,
         q0, q1,
         R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES,
@@ -347,7 +347,7 @@ def power_kernel(
 
 @triton.jit(do_not_specialize=[*PLACE, *(f"{name}_2" for name in PLACE)])
 def power_pair_kernel(
-    x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory, shared,
+    x, stride, qscales, qglobal, back, nth, rows, cols, table, signs, codes, scales, values, inside, memory, shared,
     factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     x_2, stride_2, qscales_2, qglobal_2, back_2, root_2, rows_2, cols_2, table_2, signs_2, codes_2, scales_2, values_2,
     inside_2, memory_2, shared_2, factor_of_2, lost_2, spread_2, before_2, finer_2, factor_2, k0_2, k1_2, when_2, c3_2,
@@ -371,7 +371,7 @@ def power_pair_kernel(
     across = tl.cdiv(cols, N)
     _matrix(
         program, program,
-        x, stride, qscales, qglobal, back, root, rows, cols, table, signs, codes, scales, values, inside, memory,
+        x, stride, qscales, qglobal, back, nth, rows, cols, table, signs, codes, scales, values, inside, memory,
         shared, factor_of, lost, spread, before, finer, factor, k0, k1, when, c3, width, row_run, r0, r1, column_run,
         q0, q1,
         R, N, E, BR, ROT, SIGNED, RULE, ROUND, STD, CLIPS, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, FLIPS, UNIT, CODES,

@@ -22,7 +22,7 @@ AHEAD = tl.constexpr(True)  # whether all of a tile is asked for before its firs
 
 @triton.jit
 def turned_codes(
-    x, stride, qscales, qglobal, back, root, table, signs, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr,
+    x, stride, qscales, qglobal, back, table, signs, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr,
     EVEN: tl.constexpr, FLIPS: tl.constexpr, SIGNED: tl.constexpr, ASM: tl.constexpr, QUICK: tl.constexpr,
 ):  # fmt: skip
     """[R * N / 32, 32] fp32 values of the transpose of codes x [cols, rows / 2] with E8M0 scales of 32 along rows,
@@ -30,11 +30,15 @@ def turned_codes(
     columns if SIGNED.
 
     A thread decodes 32 codes of a row of x, whose scale it shares and whose rotation it can turn back alone; then the
-    tile is turned as a whole. `table` [32] holds `root`; that it is read so that a thread has all of it is what makes
+    tile is turned as a whole. `table` [32] holds 1 / 32; that it is read so that a thread has all of it is what makes
     Triton give a thread 32 columns.
     """
     G: tl.constexpr = R * N // 32
-    factor = lanes.of_runs(tl.load(table + lanes.runs(G, 32, 4)[1]), G, 32)
+    column = lanes.runs(G, 32, 4)[1]
+    factor = tl.load(table + column)
+    if SIGNED:  # after the first rotation, not before: then zeros, too, have the reference's signs
+        factor = a.floats(a.bits(factor) ^ ((tl.load(signs) >> column) << 31))
+    factor = lanes.of_runs(factor, G, 32)
     run, place = lanes.runs(G, 4, 4)
     t, b = run // (R // 32), run % (R // 32)
     at = x + (col.to(tl.int64) * stride + row // 8) + (t * stride + b * 4 + place)
@@ -47,15 +51,12 @@ def turned_codes(
         inside = (col + tl.arange(0, N)[None, :] < cols) & (row + tl.arange(0, R // 32)[:, None] * 32 < rows)
         stored = tl.load(scale_at, mask=inside, other=0)
     scale = tl.reshape(a.decode_e8m0(stored.to(tl.int32)), (G,))
-    common = tl.load(qglobal) * root
-    if SIGNED:
-        word = tl.broadcast_to((tl.load(signs) >> (tl.arange(0, N) % 32))[None, :], (R // 32, N))
-        common = a.floats(a.bits(common) ^ (tl.reshape(word, (G,)) << 31))
+    common = tl.load(qglobal)
     words = tl.reshape(tl.permute(tl.reshape(words, (N, R // 32, 4)), (1, 0, 2)), (G, 4))
     if QUICK:  # one product: where it is not exact but for the rounding of the last one, the tile is unusual
         y = small(words, G, ASM) * (scale * (common * 16384.0))[:, None]
     else:
-        y = bits.unpacked(words, G, ASM) * scale[:, None] * (common[:, None] if SIGNED else common)
+        y = bits.unpacked(words, G, ASM) * scale[:, None] * common
     y = tl.permute(tl.reshape(a.rotate(y, G, 32, 32), (R // 32, N, 32)), (0, 2, 1))
     y = tl.reshape(y, (R * N // 32, 32)) * factor
     if FLIPS:

@@ -111,7 +111,7 @@ def quantize_pair(
 class _Setup:
     """What is the same for all matrices of one size and layout under one spec: found with one look.
 
-    stride, root, shape   kernels' arguments, of `Source`
+    stride, nth, shape   kernels' arguments, of `Source`
     programs  of the first launch, and of the second
     table     of codes that a thread turns back alone, else a number that is not read
     shared    [] fp32 that every value is multiplied with after its power of two
@@ -124,7 +124,7 @@ class _Setup:
     spec: QuantSpec
     form: Form
     stride: int
-    root: float
+    nth: float
     shape: tuple[int, int]
     programs: tuple[int, int]
     table: Tensor
@@ -174,10 +174,10 @@ class _Setup:
         form, (rows, cols), device = Form.of(src, spec, want, flips), src.shape, src.tensor.device
         c, fresh = form.constants, spec.rotation is not None and spec.rotation.signs == "fresh"
         tiles = -(-rows // c["R"]) * -(-cols // c["N"])
-        root, shared = fp32(src.turn[0] ** -0.5), _common_factor(spec, device)
+        nth, shared = 1.0 / src.turn[0], _common_factor(spec, device)
         return cls(
-            spec, form, src.stride, root, src.shape, (tiles, min(tiles, _SECOND)),
-            _roots(root, device) if src.read == 3 else shared, shared,
+            spec, form, src.stride, nth, src.shape, (tiles, min(tiles, _SECOND)),
+            _thirty_seconds(device) if src.read == 3 else shared, shared,
             None if fresh else sign_words(spec.rotation, None, device),
             None if form.noisy else place(None, rows, cols, 8, device), (rows, cols // 2) if c["CODES"] else None,
             (rows // spec.shape[0], cols // spec.shape[1]) if c["CODES"] else None,
@@ -239,7 +239,7 @@ class _Job:
         if where is None:
             where = place(self.key, *setup.shape, 8, none.device)
         return (
-            none, setup.stride, scales, common, none if self.turn is None else self.turn, setup.root, *setup.shape,
+            none, setup.stride, scales, common, none if self.turn is None else self.turn, setup.nth, *setup.shape,
             setup.table, self.signs, self.codes, self.scales, self.values, self.inside, self.memory, setup.shared,
             self.factor, self.lost, self.spread, *setup.form.scalars, *where,
         )  # fmt: skip
@@ -262,9 +262,9 @@ class _Job:
 
 
 @lru_cache(maxsize=16)
-def _roots(root: float, device: torch.device) -> Tensor:
+def _thirty_seconds(device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it outlives the pass
-        return torch.full((32,), root, device=device)
+        return torch.full((32,), 1 / 32, device=device)
 
 
 def _common_factor(spec: QuantSpec, device: torch.device) -> Tensor:

@@ -67,13 +67,13 @@ def _turned(x, stride, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E
 
 @triton.jit
 def _decoded(
-    x, stride, qscales, qglobal, back, root, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+    x, stride, qscales, qglobal, back, nth, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
     W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """[G, E] fp32 values of the transpose of codes x [cols, rows / 2] with scales of blocks [QBR, QBC].
 
     BACK   size (at most 32) of the rotation that they are turned back from, 1 for none;  back  its signs;
-    root   1 / sqrt(BACK)
+    nth    1 / BACK
     """
     byte = _turned(x, stride, row, col, rows, cols, R, N, E, 2, W, EVEN).to(tl.int32)
     r, c = lanes.words(R // 2, N, E, W)
@@ -86,11 +86,9 @@ def _decoded(
     scale = a.decode_e8m0(stored) if QE8M0 else a.decode_e4m3(stored)
     nearly = tl.join(a.e2m1_signed(byte << 28) * scale, a.e2m1_signed(byte << 24) * scale)
     nearly = tl.reshape(tl.permute(nearly, (0, 1, 4, 2, 3)), (R * N // E, E))
-    if BACK == 1:
-        y = nearly * tl.load(qglobal)
-    else:
-        y = a.rows_rotated(nearly * (tl.load(qglobal) * root), R, N, BACK)
-        y = tl.reshape(y, (R * N // E, E)) * root
+    y = nearly * tl.load(qglobal)
+    if BACK > 1:
+        y = tl.reshape(a.rows_rotated(y, R, N, BACK), (R * N // E, E)) * nth
         i = tl.reshape(tl.broadcast_to(((row + tl.arange(0, R)) % BACK)[:, None], (R, N // E)), (R * N // E,))
         y = a.floats(a.bits(y) ^ ((tl.load(back) >> i) << 31)[:, None])
     return y
@@ -101,7 +99,7 @@ def _tile(
     x, stride, qscales, qglobal, signs, row, col, rows, cols,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
-    BACK: tl.constexpr = 1, back=0, root=1.0, LINE: tl.constexpr = 0,
+    BACK: tl.constexpr = 1, back=0, nth=1.0, LINE: tl.constexpr = 0,
 ):  # fmt: skip
     """[G, E] fp32 values of the tile at (row, col), rotated; 0 outside. LINE: of `_turned`, or 0."""
     if READ == 0:
@@ -117,7 +115,7 @@ def _tile(
                 y = _bf16(y.to(tl.int16, bitcast=True).to(tl.int32))
     else:
         y = _decoded(
-            x, stride, qscales, qglobal, back, root, row, col, rows, cols, R, N, E, W, EVEN, QBR, QBC, QE8M0, BACK
+            x, stride, qscales, qglobal, back, nth, row, col, rows, cols, R, N, E, W, EVEN, QBR, QBC, QE8M0, BACK
         )
     return _rotated(y, signs, R, N, E, ROT, SIGNED)
 
@@ -137,7 +135,7 @@ def _rotated(y, signs, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: t
 
 @triton.jit
 def amax_kernel(
-    x, stride, qscales, qglobal, back, root, rows, cols, signs, top,
+    x, stride, qscales, qglobal, back, nth, rows, cols, signs, top,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr,
     BACK: tl.constexpr, STEPS: tl.constexpr,
@@ -150,7 +148,7 @@ def amax_kernel(
         col = (tl.program_id(0) % strips * STEPS + step) * N
         y = _tile(
             x, stride, qscales, qglobal, signs, row, col, rows, cols,
-            R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root,
+            R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, nth,
         )  # fmt: skip
         found = tl.maximum(found, a.bits(a.largest(y, R * N // E, E)))
     tl.atomic_max(top, tl.max(found, axis=0), sem="relaxed")
@@ -267,7 +265,7 @@ def _store_values(value, values, row, col, rows, cols, R: tl.constexpr, N: tl.co
 
 @triton.jit
 def _side(
-    x, stride, qscales, qglobal, back, root, signs, outer, codes, scales, values, top, row, col, rows, cols,
+    x, stride, qscales, qglobal, back, nth, signs, outer, codes, scales, values, top, row, col, rows, cols,
     numerator, inverse_v, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, NONZERO: tl.constexpr,
@@ -281,7 +279,7 @@ def _side(
     G: tl.constexpr = R * N // E
     y = _tile(
         x, stride, qscales, qglobal, signs, row, col, rows, cols,
-        R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, root, LINE,
+        R, N, E, ROT, SIGNED, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, back, nth, LINE,
     )  # fmt: skip
     amax = a.floats(tl.minimum(tl.load(outer) & 0x7FFFFFFF, 0x7F800000))
     s_enc, unit = _outer_scale(amax, numerator)
@@ -325,7 +323,7 @@ def _side(
 
 @triton.jit(do_not_specialize=PLACE)
 def quantize_kernel(
-    x, stride, qscales, qglobal, back, root, rows, cols, signs, outer, codes, scales, values, top,
+    x, stride, qscales, qglobal, back, nth, rows, cols, signs, outer, codes, scales, values, top,
     numerator, inverse_v, k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
     R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr,
     RULE: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr, NONZERO: tl.constexpr,
@@ -335,7 +333,7 @@ def quantize_kernel(
     """One tile of one matrix; see `_side`."""
     across = tl.cdiv(cols, N)
     _side(
-        x, stride, qscales, qglobal, back, root, signs, outer, codes, scales, values, top,
+        x, stride, qscales, qglobal, back, nth, signs, outer, codes, scales, values, top,
         tl.program_id(0) // across * R, tl.program_id(0) % across * N, rows, cols, numerator, inverse_v,
         k0, k1, when, c3, width, row_run, r0, r1, column_run, q0, q1,
         R, N, E, BR, ROT, SIGNED, RULE, METRIC, ROUND, NONZERO, READ, P, W, EVEN, QBR, QBC, QE8M0, BACK, CODES,

@@ -25,7 +25,6 @@ from fp4dist.kernels.triton.sources import Source as _Source
 from fp4dist.kernels.triton.sources import number_of as _number
 from fp4dist.numerics.grouping import ReduceMax
 from fp4dist.numerics.handed import handed
-from fp4dist.numerics.scales import fp32
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
 from fp4dist.spec.blocks import AbsMax, BestOf, FourOverSix, Hadamard, Nearest, Stochastic
 from fp4dist.spec.formats import E2M1
@@ -141,7 +140,7 @@ class _Setup:
     form: Form
     shape: tuple[int, int]
     stride: int
-    root: float
+    nth: float
     programs: int
     amax_programs: int
     signs: Tensor | None
@@ -183,7 +182,7 @@ class _Setup:
         c, block = form.constants, spec.shape
         fresh = spec.rotation is not None and spec.rotation.signs == "fresh"
         return cls(
-            form, src.shape, src.stride, fp32(src.turn[0] ** -0.5), programs_of(src.shape, c["R"], c["N"]),
+            form, src.shape, src.stride, 1.0 / src.turn[0], programs_of(src.shape, c["R"], c["N"]),
             form.amax.programs(src.shape), None if fresh else sign_words(spec.rotation, None, device),
             None if form.noisy else place(None, rows, cols, 8, device), (rows, cols // 2) if c["CODES"] else None,
             (rows // block[0], cols // block[1]) if want.codes else None, (rows, cols) if c["CARRIER"] else None,
@@ -236,7 +235,7 @@ class _Job:
         setup, memory, q = self.setup, self.memory, self.q
         scales, shared = (memory, memory) if q is None else (q.scales, q.global_scale)
         back = memory if self.turn is None else self.turn
-        return memory, setup.stride, scales, shared, back, setup.root, *setup.shape
+        return memory, setup.stride, scales, shared, back, setup.nth, *setup.shape
 
     def measure(self) -> None:
         """Find the amax."""

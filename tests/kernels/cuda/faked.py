@@ -33,7 +33,11 @@ def lines(recipe: LinearRecipe) -> Iterator[tuple[str, str, str]]:
 
 
 def pretend(capability: tuple[int, int]) -> None:
-    """A GPU of this compute capability."""
+    """A GPU of this compute capability; what is compiled at run time is still for the one that is there, if one is."""
+    if torch.cuda.device_count():  # Triton keeps the function that it first found
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
     torch.cuda.get_device_capability = lambda device=None: capability
     torch.cuda.is_available = lambda: True
 

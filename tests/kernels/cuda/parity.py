@@ -42,6 +42,7 @@ CHECKS = (
     "handed",
     "layouts",
     "other_rotations",
+    "odd_rows",
     "memories",
     "values_alone",
 )
@@ -89,14 +90,6 @@ def of_memories(device: torch.device) -> Iterator[str]:
 
 def of_values_alone(device: torch.device) -> Iterator[str]:
     """FP8 values rounded without codes, of matrices that fit: those that stand beside codes."""
-    jobs.allow_values_alone()
-    try:
-        yield from _values_alone(device)
-    finally:
-        jobs.allow_values_alone(False)
-
-
-def _values_alone(device: torch.device) -> Iterator[str]:
     x = torch.randn((64, 128), generator=torch.Generator().manual_seed(1))
     x = x * torch.logspace(-3, 3, 4, base=2.0).repeat_interleave(16)[:, None]
     x[3, :64], x[5, 7], x[7, 9], x[9] = 0.0, -0.0, 1e-41, torch.arange(128) / 16
@@ -148,11 +141,23 @@ def of_other_rotations(device: torch.device) -> Iterator[str]:
                 yield from matrix._differences(f"{name} {family}{label}", expected, found)
 
 
+def of_odd_rows(device: torch.device) -> Iterator[str]:
+    """Transposes whose columns in memory cannot be read two at a time."""
+    for name, spec in matrix.specs().items():
+        if spec.shape[0] > 1 or jobs.why_not(spec) is not None:
+            continue
+        x = families(5, 256)["outliers"].bfloat16()
+        found = quantize.quantize(x.t().contiguous().to(device).t(), spec, matrix.WHOLE)
+        yield from matrix._differences(f"{name} of five rows", numerics.quantize(x, spec, matrix.WHOLE), found)
+
+
 def differences(check: str, device: torch.device) -> Iterator[str]:
     """What differs in one of CHECKS."""
     use_ours()
-    mine = {"layouts": of_layouts, "other_rotations": of_other_rotations, "memories": of_memories}
-    mine["values_alone"] = of_values_alone
+    mine = {
+        "layouts": of_layouts, "other_rotations": of_other_rotations, "memories": of_memories,
+        "values_alone": of_values_alone, "odd_rows": of_odd_rows,
+    }  # fmt: skip
     yield from (mine[check] if check in mine else getattr(matrix, f"of_{check}"))(device)
 
 

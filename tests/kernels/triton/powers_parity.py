@@ -184,24 +184,27 @@ def of_masks(device: torch.device) -> Iterator[str]:
 
 
 def of_turned(device: torch.device) -> Iterator[str]:
-    """Requantized codes and transposed matrices, with a memory."""
-    x = families(128, 64)["outliers"]
+    """Requantized codes and transposed matrices, with a memory: of outliers, and of rows that cancel when turned."""
+    outliers = families(128, 64)["outliers"]
+    alike = torch.zeros(128, 64)
+    alike[:, ::32], alike[:, 1] = 1.0, -1.0
     for name, spec in specs().items():
         if spec.shape[0] > 1:
             continue
         memory = torch.zeros(MEMORY, dtype=torch.int32, device=device)
         forward = specs()["quest" if name == "floor" else "floor, clipped"]
-        q = numerics.quantize(x, forward, WHOLE)
-        here = replace(q, **{part: getattr(q, part).to(device) for part in ("codes", "scales", "global_scale")})
-        master = original(q, forward.rotation, WHOLE).t()
-        for i in range(2):
-            want = Want(True, FP8[1], memory=memory)
+        for i, x in enumerate((outliers, alike)):
+            q = numerics.quantize(x, forward, WHOLE)
+            here = replace(q, **{part: getattr(q, part).to(device) for part in ("codes", "scales", "global_scale")})
+            master = original(q, forward.rotation, WHOLE).t()
+            want = Want(True, FP8[1 - i], memory=memory)
+            key = replace(WHOLE, step=3 * i)  # of signs under which a sum of zeros is a negative one
             back = None if forward.rotation is None else (forward.rotation, WHOLE)
-            found = requantize(here, spec, WHOLE, want=want, back=back)
-            yield from _wrong(f"{name} requantized {i}", numerics.quantize(master, spec, WHOLE), found)
+            found = requantize(here, spec, key, want=want, back=back)
+            yield from _wrong(f"{name} requantized {i}", numerics.quantize(master, spec, key), found)
             turned = x.t().contiguous().to(device).t()
-            found = quantize(turned, spec, WHOLE, want=want)
-            yield from _wrong(f"{name} transposed {i}", numerics.quantize(x, spec, WHOLE), found)
+            found = quantize(turned, spec, key, want=want)
+            yield from _wrong(f"{name} transposed {i}", numerics.quantize(x, spec, key), found)
 
 
 def of_pairs(device: torch.device) -> Iterator[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from fp4dist import numerics
 from fp4dist.kernels.triton import parted
 from fp4dist.numerics import BlockScaledTensor
 from fp4dist.numerics.matmul import Operand
-from fp4dist.numerics.tensor import Chosen, PartedTensor
+from fp4dist.numerics.tensor import Carrier, Chosen, PartedTensor
+from fp4dist.spec.formats import NVFP4
+from fp4dist.spec.operand import QuantSpec
 from tests.generators import exactly_summable, normal
 
 M, N, K = 48, 32, 256
@@ -169,6 +173,57 @@ def test_chosen_rows_are_rows_and_columns_of_the_product(partner: bool) -> None:
     assert torch.equal(parted.matmul(a, b, multiply), numerics.matmul(a, b))
     assert torch.equal(parted.matmul(b, a, multiply), numerics.matmul(b, a))
     assert multiply.flops == 4 * M * K * (N + (6 if partner else 3) * len(numbers))
+
+
+def test_sides_stand_behind_the_codes_where_columns_have_factors() -> None:
+    """In one GEMM, whose sums are those of the reference: to fp32's rounding, and without codes of chosen columns."""
+    of = QuantSpec(format=NVFP4, outer=(1, 128))
+    here = torch.zeros(K, dtype=torch.bool).index_fill_(0, NUMBERS, True)
+    operands = []
+    for rows in (M, N):
+        x = normal(rows, K, seed=rows) * torch.exp2(normal(rows, 1, seed=2))
+        parts = torch.where(here, 0.0, x), torch.where(here, x, 0.0).bfloat16()
+        q = numerics.quantize(parts[0], of)
+        q = replace(q, carrier=near_carrier(q))
+        operands.append(PartedTensor(q, parts[1], None, Chosen(NUMBERS, 1, cleared=True)))
+    a, b = operands
+    seen: list[tuple[Operand, Operand]] = []
+
+    def multiply(x: Operand, y: Operand, **named: Any) -> Tensor:
+        seen.append((x, y))
+        return numerics.matmul(x, y, **named)
+
+    expected = numerics.matmul(a, b)
+    found = parted.matmul(a, b, multiply)
+    assert [x.shape[1] for pair in seen for x in pair] == [K + 128] * 2  # filled up to a whole segment
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    total = torch.ones(M, N)
+    assert parted.matmul(a, b, multiply, into=total) is total
+    torch.testing.assert_close(total, expected + 1, rtol=1e-5, atol=1e-4)
+
+
+def near_carrier(q: BlockScaledTensor) -> Carrier:
+    """Values in bf16 with the powers of two of the outer scales, and factors in [1, 2) beside them."""
+    power = torch.exp2(q.global_scale.frexp().exponent.float() - 1)
+    values = numerics.dequantize(replace(q, global_scale=power)).bfloat16()
+    return Carrier(values, torch.ones(()), rows=q.global_scale / power, near=True)
+
+
+def test_sides_in_the_original_basis_meet_a_partner_in_it_alone() -> None:
+    numbers, q, r = NUMBERS[NUMBERS < N], replace(exactly_summable(M, K), rotation=16), exactly_summable(N, K, seed=1)
+    a = PartedTensor(q, None, whole_numbers(M, K, 6), None, straight=True)
+    b = PartedTensor(replace(r, rotation=16), only(whole_numbers(N, K, 5), 0), None, Chosen(numbers, 0, True), True)
+    assert a.partner is not None
+    assert b.side is not None
+    expected = numerics.matmul(q, b.main) + a.partner @ b.side.t()
+    for product in (numerics.matmul, partial(parted.matmul, multiply=MULTIPLY)):
+        assert torch.equal(product(a, b), expected)
+        assert torch.equal(product(b, a), expected.t())
+        for other in (q, replace(a, straight=False), replace(a, partner=None)):
+            with pytest.raises(ValueError, match="original basis"):
+                product(other, b)
+    with pytest.raises(ValueError, match="original basis"):
+        numerics.dequantize(b)
 
 
 def values(q: BlockScaledTensor) -> Tensor:

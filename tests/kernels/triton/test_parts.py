@@ -34,10 +34,16 @@ def test_only_what_the_kernels_know_is_theirs() -> None:
 
     assert takes("decompose", linear.slot("fprop.x"))
     assert takes("slope", linear.slot("fprop.w"))
+    assert takes("decompose", load_recipe("stable_spam_fp4").linears["fp4"].slot("fprop.x"))
+    for op in ("decompose", "take_channels", "in_precision", "hot_residual"):
+        assert takes(op, load_recipe("tetrajet_v2").linears["fp4"].slot("fprop.x"))
+        assert not takes(op, load_recipe("quartet2").linears["fp4"].slot("fprop.x"))
     for lacking in (
         {"format": "fp4_row", "outlier": {"kind": "occ", "per": "tensor"}},
         {"format": "fp4_row", "outlier": {"kind": "occ", "precision": "e4m3"}},
-        {"format": "fp4_row", "outlier": "topk"},
+        {"format": "fp4_row", "outlier": {"kind": "topk", "k": 9}},
+        {"format": "fp4_row", "outlier": {"kind": "topk", "precision": "mxfp8"}},
+        {"format": "fp4_row", "outlier": {"kind": "channels", "precision": "e4m3"}},
         {"format": "fp4_row", "outlier": "occ", "split": "mean"},
         {"format": "fp4_row", "estimator": {"kind": "dge", "k": 1}},
         {"format": "fp4_row"},
