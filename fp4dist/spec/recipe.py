@@ -347,6 +347,12 @@ class Recipe:
         unused = set(self.linears) - {name for _, name in used}
         if unused:
             raise ValueError(f"linears.{min(unused)} is used by no rule and no phase")
+        quantized = [name for name, linear in self.linears.items() if not linear.is_high_precision]
+        if quantized and not self.wants_fp4:  # a disabled phase may still name it
+            raise ValueError(
+                f"rules: no rule and no enabled phase asks for linears.{quantized[0]}, so nothing would run in FP4; add"
+                f" a rule such as {{roles: [qkv, proj, fc1, fc2], linear: {quantized[0]}}}, or use recipe bf16"
+            )
         _check_training(self)
         _check_phases(self)
 

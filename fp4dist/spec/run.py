@@ -32,6 +32,8 @@ class RunSection:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed} must be in [0, 2**32): it is half of the Philox key")
+        if not self.name or self.name.startswith("/") or {"", ".", ".."} & set(self.name.split("/")):
+            raise ValueError(f"name = {self.name!r} must name a folder under runs/; to put the run elsewhere set dir")
 
 
 @frozen
@@ -92,6 +94,11 @@ class ModelConfig:
         for key in ("num_query_groups", "head_dim"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key} = {getattr(self, key)} must be at least 1; leave it out for the default")
+        if not (self.rope_base >= 1 and self.norm_eps >= 0 and self.init_std > 0):
+            raise ValueError(
+                f"rope_base = {self.rope_base} must be at least 1, norm_eps = {self.norm_eps} not negative and init_std"
+                f" = {self.init_std} positive; leave them out for the defaults"
+            )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size = {self.hidden_size} is not a multiple of"
@@ -154,6 +161,8 @@ class DataConfig:
         shares = self.split.split(",")
         if len(shares) != 3 or not all(s.strip().replace(".", "", 1).isdigit() for s in shares):
             raise ValueError(f"split = {self.split!r} must be three shares such as '969,30,1'")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers = {self.num_workers} must not be negative; 0 reads in a thread")
         if self.prepare is not None:
             self._check_prepare(self.prepare)
 
@@ -194,7 +203,7 @@ class OptimConfig:
             raise ValueError(f"lr = {self.lr} and min_lr = {self.min_lr} must satisfy 0 <= min_lr <= lr and lr > 0")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction = {self.decay_fraction} must be in (0, 1]")
-        for key in ("warmup_steps", "weight_decay", "clip_grad"):
+        for key in ("warmup_steps", "weight_decay", "clip_grad", "eps"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} = {getattr(self, key)} must not be negative")
         for key in ("beta1", "beta2", "momentum"):
@@ -307,6 +316,8 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every = {self.every} must be at least 1")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops = {self.peak_tflops} must be positive; leave it out for the device's own")
 
 
 @frozen

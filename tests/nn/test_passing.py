@@ -9,7 +9,18 @@ from fp4dist.kernels import registry
 from fp4dist.kernels.registry import Kernel, Op
 from fp4dist.nn.comm import NoComm
 from fp4dist.nn.function import fp4_linear
-from fp4dist.nn.passing import FILTER_W, FILTER_W_BITS, FILTER_X, MASK_X, ORIGINAL, passing_kernels
+from fp4dist.nn.passing import (
+    FILTER_W,
+    FILTER_W_BITS,
+    FILTER_X,
+    MASK_X,
+    ORIGINAL,
+    PARTS,
+    PRECISION,
+    RESIDUAL,
+    TAKEN_W,
+    passing_kernels,
+)
 from fp4dist.spec.load import load_recipe
 from fp4dist.spec.recipe import LinearRecipe
 from fp4dist.spec.run import BackendConfig
@@ -64,7 +75,8 @@ def test_which_linears_have_them() -> None:
     gpu, triton = torch.device("cuda"), BackendConfig(kind="triton")
     pytest.importorskip("triton")
     assert set(passing_kernels(recipe("quartet"), gpu, triton)) == {*OPERATIONS, FILTER_W_BITS}  # for masks of codes
-    assert set(passing_kernels(recipe("tetrajet_v2"), gpu, triton)) == set(ORIGINAL.values())  # of operands in parts
+    chosen = {PARTS["fprop.x"], PARTS["wgrad.x"], TAKEN_W, RESIDUAL, PRECISION}  # how its parts are made
+    assert set(passing_kernels(recipe("tetrajet_v2"), gpu, triton)) == {*ORIGINAL.values(), *chosen}
     for name in ("quartet2", "nvidia_nvfp4"):  # requantized from codes without a rotation; reused
         assert passing_kernels(recipe(name), gpu, triton) == {}
     assert passing_kernels(recipe("quartet"), gpu, BackendConfig(kind="reference")) == {}
