@@ -39,8 +39,9 @@ def main() -> int:
         else:
             loop.run(config)
     except (Fp4DistError, OSError) as e:
-        if env.rank() == 0:
-            print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
+        everywhere = isinstance(e, Fp4DistError)  # the same on all ranks; a disk may fail on one
+        if env.rank() == 0 or not everywhere:
+            print(f"{'' if everywhere else f'rank {env.rank()}: '}{type(e).__name__}: {e}", file=sys.stderr, flush=True)
         return getattr(e, "exit_code", 2)
     return 0
 

@@ -33,6 +33,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fp4dist import env as fp4dist_env
+
 PRELOAD = (
     "torch",
     "numpy",
@@ -166,6 +168,7 @@ def _main(pipe: connection.Connection, work: bytes, env: dict[str, str], store: 
     os.setsid()  # a process group of its own, see _end
     os.environ.update(env)
     torch.set_num_threads(1)
+    fp4dist_env.cores = lambda: 1  # a run would take all (train/world.py), beside the other tests' processes
     gc.freeze()  # what was imported before: Megatron collects garbage at every save
     _hand_over_write_results(pipe)
     try:

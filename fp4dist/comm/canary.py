@@ -41,11 +41,13 @@ class Finding:
     expected: float
 
     def why_outside(self, band: Band) -> str | None:
-        """What leaves the band; None inside of it. A gradient of zeros, or one that is not finite, is inside: the step
-        is judged by its norm, and what coding did to it cannot be told.
+        """What leaves the band; None inside of it. A gradient of zeros, or one that is not finite as it was, is inside:
+        the step is judged by its norm, and what coding did to it cannot be told.
         """
-        if not math.isfinite(self.nmse):
+        if math.isnan(self.nmse):
             return None
+        if math.isinf(self.nmse):
+            return "the exact result is finite, the coded one is not"
         if self.one_shot > band.nmse * self.expected:
             return f"error {self.one_shot:.2e} is over {band.nmse:g} times the wire's own {self.expected:.2e}"
         if self.cosine < band.cosine:
@@ -53,6 +55,10 @@ class Finding:
         if abs(self.bias) > band.bias:
             return f"bias {self.bias:+.4f} is over {band.bias:g}"
         return None
+
+    def badness(self, band: Band) -> tuple[bool, float]:
+        """By which the worst of several copies is found: outside of the band, then the error, least without one."""
+        return self.why_outside(band) is not None, -1.0 if math.isnan(self.one_shot) else self.one_shot
 
     def text(self) -> str:
         """The numbers in one line."""
@@ -79,14 +85,17 @@ def compare(
     dist.all_reduce(sums, group=group)
     error, square, product, coded_square, alone = sums.tolist()
     scale = float(size * size) if mean else 1.0  # of |sum|^2 over |result|^2
-    nothing = not square > 0 or not alone > 0 or not math.isfinite(error)
+    if math.isfinite(square) and math.isfinite(alone) and not math.isfinite(error):  # coding alone has lost it
+        error = math.inf
+    nothing = not square > 0 or not alone > 0 or not (math.isfinite(square) and math.isfinite(alone))
+    lost = nothing or not math.isfinite(error)
     return Finding(
         what=what,
         step=step,
         nmse=math.nan if nothing else error / square,
         one_shot=math.nan if nothing else scale * error / alone,
-        bias=math.nan if nothing else product / square - 1,
-        cosine=math.nan if nothing else product / math.sqrt(square * coded_square) if coded_square > 0 else 0.0,
+        bias=math.nan if lost else product / square - 1,
+        cosine=math.nan if lost else product / math.sqrt(square * coded_square) if coded_square > 0 else 0.0,
         correlation=math.nan if nothing or size == 1 else (scale * square - alone) / ((size - 1) * alone),
         expected=own_error(wire),
     )

@@ -3,6 +3,8 @@
 One Compression serves all adapters of a process. Before training they register what they send (`register`), then all
 ranks agree and the table is printed (`confirm`). In a step (`begin_step` ... `finish_step`) they ask for their wire and
 for noise, and book their bytes. Canaries and the guard work on reductions, whose exact result is one collective away.
+Passes between steps (a probe of the gradient's noise, a search for what is not finite) reduce gradients exactly: what
+they measure is not the wire, and error feedback must not spend on them what belongs to the next update.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from fp4dist.comm.agreement import agree
 from fp4dist.comm.canary import Finding
 from fp4dist.comm.codec import Noise
+from fp4dist.comm.exchange import Options
 from fp4dist.comm.feedback import Feedback
 from fp4dist.comm.hierarchy import GroupTree
 from fp4dist.comm.ledger import Account, Ledger
@@ -82,7 +85,9 @@ class Compression:
         self._trees: dict[tuple[int, ...], GroupTree] = {}
         self._canaries: list[str] = []  # buckets that can be compared
         self._findings: list[Finding] = []
-        self._first: int | None = None  # step of this process's first
+        self.layout = ""  # of the run's ranks: what is kept fits no other
+        self._begun = 0  # steps of this process
+        self._between = False  # two steps
 
     # -- before training
 
@@ -115,6 +120,8 @@ class Compression:
         self.make_groups()
         lines = ["comm: what travels compressed", table(self.decisions)]
         coded = sum(d.coded for d in self.decisions if d.direction == "grad_reduce" and d.wire is not None)
+        if self.config.validate and not self._canaries:
+            lines.append("comm.validate: nothing to compare, no gradients of this rank are coded")
         return "\n".join([*lines, *self.feedback.report(coded)])
 
     def prepare(self, group: Any) -> None:
@@ -133,26 +140,37 @@ class Compression:
         """The two levels of a group for which a decision has them."""
         return self._trees[tuple(dist.get_process_group_ranks(group))]
 
+    def retire(self, place: str) -> None:
+        """Bucket `place` will not be reduced again: it takes no canary's turn, and no memory."""
+        self._canaries = [other for other in self._canaries if other != place]
+        self.feedback.drop(place)
+
     # -- in a step
 
     def begin_step(self, step: int) -> None:
         """`step` updates are behind the weights; noise, canaries and checks follow it."""
         self.ledger.close_step()  # of an evaluation
-        self.step = step
-        self._first = step if self._first is None else self._first
+        self.step, self._between, self._begun = step, False, self._begun + 1
 
     def noise(self, direction: str, number: int) -> Noise:
         """The key of one message; `number` tells the messages of a direction in a step apart."""
         return Noise(seed=self.seed, step=self.step, bucket=number, stage=STAGES[direction])
 
+    @property
+    def options(self) -> Options:
+        """How collectives run."""
+        return Options(check=True if self.config.check else None, sms=self.config.sms)
+
     def wire_of(self, decision: Decision) -> Wire | None:
-        """The wire that `decision` has in this step: none once the guard has taken it away."""
+        """The wire that `decision` has now: none once the guard has taken it away, nor for gradients between steps."""
+        if self._between and decision.direction == "grad_reduce":
+            return None
         return None if decision.place in self.fallen else decision.wire
 
     @property
     def validating(self) -> bool:
         """Whether every reduction of this step is run both ways."""
-        return self._first is not None and self.step - self._first < self.config.validate
+        return 0 < self._begun <= self.config.validate  # not by `step`, which a roll-back takes back
 
     def watched(self, place: str) -> bool:
         """Whether `place` is to be reduced exactly as well in this step; equal on all ranks of its group."""
@@ -173,7 +191,7 @@ class Compression:
         skipped   its update was not made: what error feedback has kept of it is forgotten
         raises    WireError on all ranks when a validated reduction left the band
         """
-        done = StepTraffic(accounts=self.ledger.close_step())
+        done, self._between = StepTraffic(accounts=self.ledger.close_step()), True
         every = self.config.canary.every
         if self.validating or (every > 0 and self.step % every == 0):
             done.findings = _everyone(self._findings)
@@ -188,7 +206,7 @@ class Compression:
         band = self.config.canary.band
         worst: dict[str, Finding] = {}  # of one bucket's copies on tensor- and pipeline-parallel ranks
         for finding in done.findings:
-            if finding.what not in worst or not finding.one_shot <= worst[finding.what].one_shot:
+            if finding.what not in worst or finding.badness(band) > worst[finding.what].badness(band):
                 worst[finding.what] = finding
         done.findings = list(worst.values())
         outside = {f.what: why for f in done.findings if (why := f.why_outside(band)) is not None}
@@ -204,6 +222,7 @@ class Compression:
         for what, why in outside.items():
             if self.config.guard and what not in self.fallen:
                 self.fallen[what] = f"step {self.step}: {why}"
+                self.feedback.drop(what)
                 done.fallbacks.append(f"comm: {what} travels in high precision from the next step on: {why}")
         done.messages += done.fallbacks
 
@@ -214,8 +233,8 @@ class Compression:
         return {"fallen": dict(self.fallen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Take them back; messages for the log."""
-        self.fallen = {str(k): str(v) for k, v in state["fallen"].items()}
+        """Take them back; messages for the log. What this process has decided since, before a roll-back, stays."""
+        self.fallen = {str(k): str(v) for k, v in state["fallen"].items()} | self.fallen
         return [f"comm: {what} travels in high precision ({why})" for what, why in self.fallen.items()]
 
 

@@ -28,7 +28,8 @@ log = logging.getLogger("fp4dist")
 
 class DdpState:
     """What the hook keeps. `step` counts synchronizing backward passes and may be set, to go on after a resume;
-    `compression.state_dict()` and `compression.feedback.state_dict()` are what a checkpoint needs besides it.
+    `compression.state_dict()` and `compression.feedback.state_dict()` are what a checkpoint needs besides it. DDP makes
+    its buckets anew after a process's first backward pass, so that one differs in its rounding from a run in one piece.
     """
 
     def __init__(self, module: nn.Module, compression: Compression, group: Any) -> None:
@@ -37,6 +38,10 @@ class DdpState:
         self.last = StepTraffic()
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         self._reductions: dict[tuple[int, ...], Reduction | None] = {}
+        self._places: dict[tuple[int, ...], str] = {}
+        self._passes = 0
+        self._known: set[str] = set()  # buckets of the passes before
+        self._used: set[str] = set()  # and of this one
         self._begun = False
         self._stream: torch.cuda.Stream | None = None
 
@@ -81,10 +86,12 @@ class DdpState:
         key = tuple(id(parameter) for parameter in bucket.parameters())
         if key not in self._reductions:
             described, compression = self._describe(bucket), self.compression
+            self._places[key] = described.name
             decision = described.decision(compression, self.group, data.element_size(), halves=2)
             number = compression.register(decision, self.group, comparable=True)
             coded = decision.wire is not None
             self._reductions[key] = Reduction(compression, described, decision, number, self.group) if coded else None
+        self._used.add(self._places[key])
         return self._reductions[key]
 
     def _describe(self, bucket: dist.GradBucket) -> Bucket:
@@ -93,14 +100,17 @@ class DdpState:
             name = self._names[parameter]
             segments.append(Segment.of(name, parameter.shape, at, at + parameter.numel()))
             at += parameter.numel()
-        layout = "first " if self.step == 0 else ""  # DDP makes others after its first backward pass
+        layout = "first " if self._passes == 0 else ""  # DDP makes others after its first backward pass
         return Bucket(f"{layout}bucket {bucket.index()}", tuple(segments), (((0, at),),))
 
     def _finish(self) -> None:
         self.last = self.compression.finish_step()
         for message in self.last.messages:
             log.info("%s", message)
-        self.step, self._begun = self.step + 1, False
+        for gone in self._known - self._used:
+            self.compression.retire(gone)
+        self._known, self._used = self._used, set()
+        self.step, self._passes, self._begun = self.step + 1, self._passes + 1, False
 
 
 class DdpHook(NamedTuple):

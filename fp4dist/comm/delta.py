@@ -11,6 +11,7 @@ Vectors, norms, routers and short tensors are gathered exactly.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fp4dist.comm.collectives import all_gather_parts
 from fp4dist.comm.compression import Compression
-from fp4dist.comm.exchange import Handle, Options
+from fp4dist.comm.exchange import Handle
 from fp4dist.comm.parts import rooms
 from fp4dist.comm.policy import decide, pairs_of, span_of, why_exact
 from fp4dist.comm.reduction import Bucket, Segment, views
@@ -60,7 +61,8 @@ class DeltaBucket:
         described = Bucket(name, tuple(sorted(segments, key=lambda s: s.start)), owned)
         self.coded, self.exact = described.runs(coded=True), described.runs(coded=False)
         span = span_of(dist.get_process_group_ranks(group), compression.topology)
-        self._options = Options(pairs=pairs_of(compression.config, span, None, compression.topology)[0])
+        pairs = pairs_of(compression.config, span, None, compression.topology)[0]
+        self._options = replace(compression.options, pairs=pairs)
         self.decision = decide(
             compression.config, "param_gather", name, numel=described.numel, coded=described.coded_numel,
             itemsize=itemsize, span=span,

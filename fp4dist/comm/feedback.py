@@ -67,8 +67,9 @@ class Feedback:
         return {what: error.detach().cpu().clone() for what, error in self.errors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take them back."""
-        self.errors = {what: error.clone() for what, error in state.items()}
+        """Take them back, where any are kept."""
+        if self.on:
+            self.errors = {what: error.clone() for what, error in state.items()}
 
     def report(self, coded: int) -> list[str]:
         """A line on memory, if any is used: `coded` gradients of this rank are."""

@@ -19,7 +19,7 @@ from fp4dist.comm.canary import compare
 from fp4dist.comm.codec import Noise
 from fp4dist.comm.collectives import Op, all_reduce, reduce_scatter_parts, slices_of
 from fp4dist.comm.compression import Compression
-from fp4dist.comm.exchange import Handle, Options
+from fp4dist.comm.exchange import Handle
 from fp4dist.comm.hierarchy import INNER
 from fp4dist.comm.levels import bytes_of_all_reduce, bytes_of_levels, reduce_scatter_levels
 from fp4dist.comm.parts import Parts, decode_parts, encode_parts, rooms
@@ -201,7 +201,7 @@ class Reduction:
         )  # fmt: skip
         self._coded, self._exact = bucket.runs(coded=True), bucket.runs(coded=False)
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
-        self._options = Options(pairs=decision.pairs)
+        self._options = replace(compression.options, pairs=decision.pairs)
         self._step, self._calls = -1, 0
 
     @property
@@ -234,7 +234,7 @@ class Reduction:
         def finish() -> None:
             handle.wait()
             inside = sum(level.sent for level in handle.traffic if level.level == INNER)
-            self._book(coded=handle.bytes_sent - inside, exact=inside)
+            self._book(coded=handle.bytes_sent - inside, exact=inside, plain=self.decision.before)
             if rest is not None:
                 rest.wait()
                 self._book(exact=rest.bytes_sent)
@@ -268,7 +268,7 @@ class Reduction:
         def finish() -> None:
             handle.wait()
             inside = sum(level.sent for level in handle.traffic if level.level == INNER)
-            self._book(coded=handle.bytes_sent - inside, exact=inside)
+            self._book(coded=handle.bytes_sent - inside, exact=inside, plain=self.decision.before)
             if watch is not None:
                 self._observe(coded, watch[0], watch[1], wire, mean=mean, cut=False)
             put(flat, runs, coded)
@@ -305,8 +305,7 @@ class Reduction:
         self._calls += 1
         return self.compression.noise("grad_reduce", self.number + _BUCKETS * (self._calls - 1))
 
-    def _book(self, *, coded: int = 0, exact: int = 0, extra: int = 0) -> None:
-        plain = self.decision.before if coded else 0
+    def _book(self, *, coded: int = 0, exact: int = 0, plain: int = 0, extra: int = 0) -> None:
         self.compression.ledger.book("grad_reduce", coded=coded, exact=exact, plain=plain, extra=extra)
 
     def _exactly(self, parts: Sequence[Sequence[Tensor]], op: Op, noise: Noise) -> tuple[Tensor, Tensor]:

@@ -198,7 +198,8 @@ def _reason_against(request: Request, backend: Backend, config: BackendConfig) -
     if found is None:
         return _MISSING.get(backend, f"has no {request.op}")
     if backend == "reference" and request.device.type != "cpu" and config.kind == "auto" and not config.allow_reference:
-        return "refused on a GPU: backend.allow_reference is false"
+        place = "a GPU" if request.device.type == "cuda" else request.device.type
+        return f"refused on {place}: backend.allow_reference is false"
     of_sums = request.sums or (request.spec is not None and request.spec.has_parts)
     if backend != "reference" and of_sums and not found.sums:
         return "multiplies codes alone, not what a split or an outlier leaves beside them"

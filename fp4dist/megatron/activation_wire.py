@@ -51,7 +51,10 @@ class SequenceWire:
         out = t.new_empty((t.shape[0] // dist.get_world_size(group), *t.shape[1:]))
         noise = self.compression.noise("sp_reduce_scatter", self.number * _MICRO_BATCHES + self._message())
         whole = t.contiguous()
-        handle = reduce_scatter(out.view(-1), whole.view(-1), self.wire, noise, group, op="sum", async_op=True)
+        handle = reduce_scatter(
+            out.view(-1), whole.view(-1), self.wire, noise, group, op="sum", async_op=True,
+            options=self.compression.options,
+        )  # fmt: skip
 
         def wait() -> Tensor:
             handle.wait()
@@ -212,8 +215,9 @@ class _Way:
             return out
         noise = self.compression.noise(self.direction, self.number)
         handle = all_to_all(
-            out, x, self.wire, noise, self.group, output_splits=output_splits, input_splits=input_splits
-        )
+            out, x, self.wire, noise, self.group, output_splits=output_splits, input_splits=input_splits,
+            options=self.compression.options,
+        )  # fmt: skip
         handle.wait()
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         own = input_splits[rank] if input_splits is not None else x.shape[0] // size

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fp4dist.comm.codec import Noise, decode, encode
 from fp4dist.comm.compression import Compression
-from fp4dist.comm.policy import decide_message, span_of
+from fp4dist.comm.policy import Decision, decide_message, span_of
 from fp4dist.errors import ConfigError
 from fp4dist.spec.wire import Wire
 
@@ -38,22 +38,24 @@ class CodedPipeline(p2p.P2PCommunicator):
             raise ConfigError("comm.pp_forward, pp_backward: Megatron's ring exchange has no codes; switch it off")
         super().__init__(group, config)
         self._compression = compression
-        self._decisions = {}
+        self._decisions: dict[tuple[str, str], Decision] = {}
         numel = 1
         for size in shape:
             numel *= size
         stage, last = dist.get_rank(group), dist.get_world_size(group) - 1
-        for direction, neighbour, sends in (
-            ("pp_forward", self.next_rank, stage < last),
-            ("pp_backward", self.prev_rank, stage > 0),
-        ):
+        ways = (
+            ("pp_forward", "out", self.next_rank, stage < last), ("pp_forward", "in", self.prev_rank, False),
+            ("pp_backward", "out", self.prev_rank, stage > 0), ("pp_backward", "in", self.next_rank, False),
+        )  # fmt: skip
+        for direction, way, neighbour, sends in ways:  # `auto` weighs each link, so that both of its ends find the same
             assert neighbour is not None
-            self._decisions[direction] = decision = decide_message(
+            self._decisions[direction, way] = decide_message(
                 compression.config, direction, "each micro-batch", numel=numel, itemsize=config.pipeline_dtype.itemsize,
-                messages=messages if sends else 0, span=span_of([dist.get_rank(), neighbour], compression.topology),
-                topology=compression.topology,
+                messages=messages if sends else 0, topology=compression.topology,
+                span=span_of(sorted([dist.get_rank(), neighbour]), compression.topology),
             )  # fmt: skip
-            compression.register(decision)
+            if way == "out":
+                compression.register(self._decisions[direction, way])
         self._step = -1
         self._counts: Counter[tuple[str, str]] = Counter()
 
@@ -69,21 +71,20 @@ class CodedPipeline(p2p.P2PCommunicator):
     ) -> Any:
         """Megatron's: (tensor from the previous stage or None, from the next one or None, requests to wait for)."""
         config = self.config
-        forward, backward = self._wire("pp_forward"), self._wire("pp_backward")
-        if forward is None and backward is None:
+        if all(self._wire(direction, way) is None for direction, way in self._decisions):
             return super()._communicate(
                 tensor_send_next=tensor_send_next, tensor_send_prev=tensor_send_prev, recv_prev=recv_prev,
                 recv_next=recv_next, tensor_shape=tensor_shape, wait_on_reqs=wait_on_reqs,
             )  # fmt: skip
         assert self.next_rank is not None
         assert self.prev_rank is not None
-        into_prev = self._incoming("pp_forward", forward, self.prev_rank, tensor_shape) if recv_prev else None
-        into_next = self._incoming("pp_backward", backward, self.next_rank, tensor_shape) if recv_next else None
+        into_prev = self._incoming("pp_forward", self.prev_rank, tensor_shape) if recv_prev else None
+        into_next = self._incoming("pp_backward", self.next_rank, tensor_shape) if recv_next else None
         send = p2p._batched_p2p_ops if config.batch_p2p_comm else p2p._p2p_ops
         work = send(
-            tensor_send_prev=self._outgoing("pp_backward", backward, tensor_send_prev),
+            tensor_send_prev=self._outgoing("pp_backward", tensor_send_prev),
             tensor_recv_prev=into_prev.buffer if into_prev is not None else None,
-            tensor_send_next=self._outgoing("pp_forward", forward, tensor_send_next),
+            tensor_send_next=self._outgoing("pp_forward", tensor_send_next),
             tensor_recv_next=into_next.buffer if into_next is not None else None,
             group=self.pp_group,
             prev_pipeline_rank=self.prev_rank,
@@ -103,8 +104,8 @@ class CodedPipeline(p2p.P2PCommunicator):
                 arrival.decode()
         return *tensors, None
 
-    def _wire(self, direction: str) -> Wire | None:
-        return self._compression.wire_of(self._decisions[direction])
+    def _wire(self, direction: str, way: str) -> Wire | None:
+        return self._compression.wire_of(self._decisions[direction, way])
 
     def _noise(self, direction: str, way: str) -> Noise:
         if self._step != self._compression.step:
@@ -114,19 +115,20 @@ class CodedPipeline(p2p.P2PCommunicator):
         self._counts[direction, way] += 1
         return self._compression.noise(direction, number)
 
-    def _outgoing(self, direction: str, wire: Wire | None, tensor: Tensor | None) -> Tensor | None:
+    def _outgoing(self, direction: str, tensor: Tensor | None) -> Tensor | None:
         """What is sent for `tensor`."""
         if tensor is None:
             return None
-        plain = tensor.numel() * tensor.element_size()
+        plain, wire = tensor.numel() * tensor.element_size(), self._wire(direction, "out")
         if wire is None:
             return tensor
         message = encode(tensor.detach().contiguous(), wire, self._noise(direction, "out"), dist.get_rank())
         self._compression.ledger.book(direction, coded=message.numel(), plain=plain)
         return message
 
-    def _incoming(self, direction: str, wire: Wire | None, source: int, shape: Any) -> _Arrival:
+    def _incoming(self, direction: str, source: int, shape: Any) -> _Arrival:
         """A tensor to come, and the buffer that receives it."""
+        wire = self._wire(direction, "in")
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         tensor = torch.empty(tuple(shape), dtype=self.config.pipeline_dtype, device=device, requires_grad=True)
         if wire is None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fp4dist.errors import RecipeMismatch
+from fp4dist.errors import ConfigError, RecipeMismatch
 from fp4dist.nn.assign import Assignments, assign, check_shapes
 from fp4dist.nn.carry import resolve_carrying
 from fp4dist.nn.clock import Clock
 from fp4dist.nn.controllers import ControlledLinear, Controllers
 from fp4dist.nn.exactness import Exactness
 from fp4dist.nn.gather import gather_words
-from fp4dist.nn.linear import Fp4Conv1D, Fp4Linear, convert, is_conv1d, revert
+from fp4dist.nn.linear import Fp4Conv1D, Fp4Linear, check_dtype, convert, is_conv1d, revert
 from fp4dist.nn.phases import Phases, describe, names
 from fp4dist.nn.plan import FP4, HIGH, SIDE, LinearPlan, Tally, resolve_kernels
 from fp4dist.nn.raising import raised
@@ -91,6 +92,14 @@ class AppliedRecipe:
         micro_batch   which micro-batch of the step this rank runs next: with gradient accumulation call `set_step`
                       before each, or they share their noise. Ranks of `data_parallel` never share it.
         """
+        if (
+            not all(isinstance(n, Integral) for n in (step, total, micro_batch))
+            or min(step, total - 1, micro_batch) < 0
+        ):
+            raise ConfigError(
+                f"set_step({step}, {total}, micro_batch={micro_batch}): needs whole numbers, step and micro_batch"
+                " from 0, total from 1; count optimizer steps"
+            )
         if step >= 1 and self.optimizer is None and self.recipe.steers_optimizer:
             raise RecipeMismatch(
                 f"step {step}: recipe {self.recipe.name} acts around the optimizer's step, and no optimizer was given"
@@ -98,12 +107,13 @@ class AppliedRecipe:
             )
         if self.entered and step != self.clock.step:
             self.settle()
+        moved = [] if self.entered else self._follow_devices()
         self.clock.step, self.entered = step, True
         if self.controllers is not None:
             self.controllers.enter(step)
         self.set_micro_batch(micro_batch)
         self.phases.enter(step, total)
-        return [*self._follow_exactness(), *self._follow_phases()]
+        return [*moved, *self._follow_exactness(), *self._follow_phases()]
 
     def settle(self, lr: float | None = None) -> None:
         """End the present step: kept statistics and choices of channels take what all ranks have seen in it, quantized
@@ -279,6 +289,31 @@ class AppliedRecipe:
     def _block_targets(self) -> list[Target]:
         return [t for t in self.targets if t.site.role in BLOCK_ROLES] or list(self.targets)
 
+    def _follow_devices(self) -> list[str]:
+        """Choose kernels anew where `model.cuda()` or fully_shard has moved linears since then; returns what to log."""
+        now = [(t, _device_now(t, self.chunks[0][0])) for t in self.targets]
+        moved = [(target, device) for target, device in now if device != target.device]
+        if not moved or self.controllers is None:
+            return []
+        kept, replicas = self.state_dict(), self.controllers.replicas
+        told = (
+            f"step {self.clock.step}: the model moved from {moved[0][0].device} to {moved[0][1]}, kernels chosen anew"
+        )
+        for target, device in moved:
+            target.device = device
+            _check_variants(
+                target, self.assigned.named(target.site.path).variants(self.recipe), self.backend, self.tokens
+            )
+        self.controllers = _controllers(self)
+        self.controllers.replicas = replicas
+        self.controllers.load_state_dict(kept["controllers"])
+        self.exactness = _exactness(self, self.controllers.device)
+        self.exactness.load_state_dict(kept["exactness"])
+        _give_plans(self)
+        if self.optimizer is not None:
+            self.optimizer.plans_changed()
+        return [told]
+
     def _follow_exactness(self) -> list[str]:
         """Give GEMMs whose carriers lost elements in the step before others, and take some back; what to log."""
         if self.exactness is None:
@@ -370,6 +405,11 @@ def apply_recipe(
         target = _ready(module, site.path, all(v.is_high_precision for v in variants))
         if target is not None:
             targets.append(Target(site, target, _device(target, chunk)))
+            if (
+                not all(v.is_high_precision for v in variants)
+                and (weight := getattr(target, "weight", None)) is not None
+            ):
+                check_dtype(weight.dtype, f"{site.path}: its weight")
             _check_variants(targets[-1], variants, backend, tokens)
     reached = {t.site.path for t in targets}
     applied = AppliedRecipe(
@@ -454,6 +494,14 @@ def _device(module: Fp4Module, chunk: nn.Module) -> torch.device:
     return (weight if weight is not None else next(chunk.parameters())).device
 
 
+def _device_now(target: Target, chunk: nn.Module) -> torch.device:
+    """Where the linear will compute; shards that wait on the CPU (offload by FSDP2 or ZeRO 3) compute elsewhere."""
+    weight = getattr(target.module, "weight", None)
+    waits = hasattr(weight, "placements") or hasattr(weight, "ds_id")
+    device = _device(target.module, chunk)
+    return target.device if waits and device.type == "cpu" else device
+
+
 def _give_plans(applied: AppliedRecipe) -> None:
     """Resolve kernels and hand every target its plan; counters survive a phase switch."""
     rows = {row.site.path: i for i, row in enumerate(applied.rows)}
@@ -465,6 +513,7 @@ def _give_plans(applied: AppliedRecipe) -> None:
             target.site.path, target.site.number, row.recipe, applied.clock, target.device, applied.backend,
             applied.exactness.forms(target.site.path) if applied.exactness is not None else None,
         )  # fmt: skip
+        plan.device = target.device
         if target.module.plan is not None:
             plan.tally = target.module.plan.tally
         if applied.controllers is not None:

@@ -96,6 +96,8 @@ class Fp4LinearFunction(torch.autograd.Function):
             ctx.plan, ctx.comm, ctx.clock = plan, comm, (plan.clock.step, plan.clock.micro_batch)
             ctx.filled = plan.filled
             ctx.weight = weight  # the parameter itself: backward looks for its main_grad
+            if not any(ctx.needs_input_grad[:2]):  # frozen up to here: autograd never calls backward
+                plan.tally.unneeded.update(("dgrad", "wgrad"))
             _save(ctx, x, x_q, w_q, turned)
         return comm.reduce_y(y)
 

@@ -16,10 +16,12 @@ from fp4dist.errors import RecipeMismatch
 from fp4dist.nn.comm import LinearComm, NoComm
 from fp4dist.nn.function import fp4_linear
 from fp4dist.nn.plan import LinearPlan
+from fp4dist.spec.recipe import GEMMS
 
 P = ParamSpec("P")
 R = TypeVar("R")
 _BEFORE = "_class_before_fp4"  # where a converted module remembers its own class
+DTYPES = (torch.bfloat16, torch.float32)  # of what is quantized
 
 
 def _eager(function: Callable[P, R]) -> Callable[P, R]:
@@ -51,6 +53,9 @@ class Fp4Linear(nn.Linear):
         """(in, out)."""
         return self.in_features, self.out_features
 
+    def _replicate_for_data_parallel(self) -> Fp4Linear:
+        raise _no_replicas()
+
     @_eager
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -77,6 +82,9 @@ class Fp4Conv1D(nn.Module):
     def global_features(self) -> tuple[int, int]:
         """(in, out)."""
         return self.weight.shape[0], self.weight.shape[1]
+
+    def _replicate_for_data_parallel(self) -> Fp4Conv1D:
+        raise _no_replicas()
 
     @_eager
     def forward(self, x: Tensor) -> Tensor:
@@ -130,6 +138,35 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls  # pyright: ignore[reportAttributeAccessIssue] (the layouts are those of nn.Module)
 
 
+def _no_replicas() -> RecipeMismatch:
+    """What torch's DataParallel would do: threads of one process on several GPUs, with one plan for all."""
+    return RecipeMismatch(
+        "torch.nn.DataParallel copies the model into threads, which would share counters, kernels and noise of FP4"
+        " linears; use torch.nn.parallel.DistributedDataParallel, one process a GPU (torchrun)"
+    )
+
+
+def check_dtype(dtype: torch.dtype, what: str) -> None:
+    """Raise RecipeMismatch for a dtype that nothing here quantizes, such as fp16. what: whose, for the message"""
+    if dtype not in DTYPES:
+        raise RecipeMismatch(
+            f"{what} is {str(dtype).removeprefix('torch.')}, and FP4 linears take bf16 and fp32; use"
+            " model.to(torch.bfloat16), autocast to torch.bfloat16, or give this layer to bf16 with a rule"
+        )
+
+
+def _check_place(x: Tensor, weight: Tensor, plan: LinearPlan) -> None:
+    """Kernels were chosen for one device, and quantize two dtypes: nothing else may run slowly or wrongly instead."""
+    if plan.device is not None and x.device != plan.device:
+        raise RecipeMismatch(
+            f"{plan.path}: its kernels were chosen for {plan.device}, and its input is on {x.device}; move the model"
+            " before apply_recipe, or before the first set_step, which chooses them anew"
+        )
+    if x.dtype not in DTYPES or weight.dtype not in DTYPES:  # no text is made at every call
+        check_dtype(x.dtype, f"{plan.path}: its input")
+        check_dtype(weight.dtype, f"{plan.path}: its weight")
+
+
 def _planned(x: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPlan, comm: LinearComm) -> Tensor:
     """[..., I], weight [O, I] -> [..., O], in x's dtype or autocast's."""
     if hasattr(weight, "placements"):
@@ -139,5 +176,9 @@ def _planned(x: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPlan, c
         )
     if torch.is_autocast_enabled(x.device.type):  # as torch.nn.functional.linear does
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = fp4_linear(x, weight, plan, comm)
+    _check_place(x, weight, plan)
+    if not x.numel():  # no tokens, such as an expert's that nobody chose: nothing to quantize
+        plan.tally.unneeded.update(GEMMS if torch.is_grad_enabled() else ())
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
+    y = fp4_linear(x, weight, plan, comm) if x.dim() > 1 else fp4_linear(x[None], weight, plan, comm)[0]
     return y if bias is None else y + bias.to(y.dtype)

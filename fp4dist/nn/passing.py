@@ -24,7 +24,8 @@ ORIGINAL = {"dgrad.w": "dgrad.w:original", "wgrad.x": "wgrad.x:original"}
 PARTS = {slot: f"{slot}:parts" for slot in SLOTS}
 # Of chosen channels: the weight's, the rounding error of x, and what both operands of wgrad have beside their codes.
 TAKEN_W, RESIDUAL, PRECISION = "fprop.w:taken", "fprop.x:residual", "wgrad.x:precision"
-_IN_TORCH: tuple[Op, ...] = ("decompose", "slope", "take_channels", "in_precision", "hot_residual")
+# About what stands beside codes, or the slope of their estimator.
+ABOUT_PARTS: tuple[Op, ...] = ("decompose", "slope", "take_channels", "in_precision", "hot_residual")
 # Name -> the slot whose codes it is about, and the operation.
 _OPERATIONS: dict[str, tuple[str, Op]] = {
     MASK_X: ("fprop.x", "mask"),
@@ -39,6 +40,11 @@ _OPERATIONS: dict[str, tuple[str, Op]] = {
     RESIDUAL: ("fprop.x", "hot_residual"),
     PRECISION: ("wgrad.x", "in_precision"),
 }
+
+
+def slot_of(name: str) -> str:
+    """The slot whose spec says which kernel `name` of `LinearPlan.kernels` is."""
+    return _OPERATIONS[name][0] if name in _OPERATIONS else name.partition(":")[0]
 
 
 def passing_kernels(recipe: LinearRecipe, device: torch.device, config: BackendConfig) -> dict[str, Kernel]:
@@ -59,8 +65,8 @@ def passing_kernels(recipe: LinearRecipe, device: torch.device, config: BackendC
 
 
 def _candidates(op: Op, spec: QuantSpec, device: torch.device, backends: list[Backend]) -> list[Backend]:
-    """`backends`; for what csrc leaves to torch, the one that makes the codes: kernels come from one place."""
-    if op not in _IN_TORCH:
+    """`backends`; for ABOUT_PARTS the one that makes the codes: kernels come from one place."""
+    if op not in ABOUT_PARTS:
         return backends
     request = Request("quantize", bare(spec), device)
     found: list[Backend] = [b for b in backends if companion(request, b) is not None]

@@ -139,6 +139,7 @@ class LinearPlan:
     pair_x      likewise x for fprop and, into codes that are kept in its place, for wgrad, where that starts from x
     multiples   what the tokens of a training pass, and of a forward pass alone, have to be multiples of
     unrotates   slots whose kernel turns the forward codes back from their rotated basis itself
+    device      where `apply_recipe` found the linear, for which the kernels are; None: nobody asks
     """
 
     path: str
@@ -158,6 +159,7 @@ class LinearPlan:
     pair_x: Kernel | None = None
     unrotates: frozenset[str] = frozenset()
     multiples: tuple[int, int] = (1, 1)
+    device: torch.device | None = None
     facts: _Facts = field(init=False)
     _weights: dict[str, tuple[_Source, Operand]] = field(default_factory=dict)
 

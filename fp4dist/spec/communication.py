@@ -109,6 +109,9 @@ class CommConfig:
     min_numel           elements of a bucket from which on `auto` compresses it; auto: by the link's break-even
     error_feedback      of gradients: ef sends what the last message lost with the next one; loco a moving average of it
     guard               a bucket that leaves the canary's band travels in high precision from the next step on
+    check               codes' headers and tags are verified on GPUs too, as on a CPU: a wait then waits for the device
+                        (pipeline messages: on a CPU alone)
+    sms                 multiprocessors that coding may fill on a GPU; None: all
     validate            that many first steps of a process reduce every bucket both ways, and stop when they part
     timeout_s           within which all ranks must have agreed on what travels how
     """
@@ -129,6 +132,8 @@ class CommConfig:
     error_feedback: Feedback = "none"
     loco: Loco = Loco()
     canary: Canary = Canary()
+    check: bool = False
+    sms: int | None = None
     guard: bool = True
     validate: int = 0
     timeout_s: float = 120.0
@@ -149,10 +154,32 @@ class CommConfig:
             )
         if isinstance(self.hierarchy, tuple) and (len(self.hierarchy) < 1 or min(self.hierarchy) < 1):
             raise ValueError(f"hierarchy = {list(self.hierarchy)} must be sizes of at least 1, the inner level first")
+        if self.sms is not None and self.sms < 1:
+            raise ValueError(f"sms = {self.sms} must be at least 1; leave it out for all")
         if self.min_numel != "auto" and self.min_numel < 0:
             raise ValueError(f"min_numel = {self.min_numel} must not be negative")
+        self._check_in_vain()
         if self.validate < 0 or self.timeout_s <= 0:
             raise ValueError(f"validate = {self.validate} must not be negative, timeout_s = {self.timeout_s} positive")
+
+    def _check_in_vain(self) -> None:
+        """What would be set without acting."""
+        gradients, auto = self.wire("grad_reduce") is not None, "auto" in (self.grad_reduce, self.param_gather)
+        levels = self.topology is not None or self.hierarchy != "auto"
+        vain = (
+            ("validate", self.validate > 0 and not gradients, "coded gradients to compare: set grad_reduce"),
+            ("hierarchy", self.hierarchy != "auto" and not gradients, "coded gradients to reduce: set grad_reduce"),
+            ("exact", self.exact != "fp32" and not gradients, "coded gradients beside them: set grad_reduce"),
+            ("inner", self.inner != BF16_WIRE and not (gradients and levels),
+             "gradients on two levels: set grad_reduce, and hierarchy or topology"),
+            ("min_numel", self.min_numel != "auto" and not auto, "something to decide: set grad_reduce: auto"),
+            ("loco", self.loco != Loco() and self.error_feedback != "loco", "error_feedback: loco"),
+        )  # fmt: skip
+        for name, wrong, need in vain:
+            if wrong:
+                value = getattr(self, name)
+                text = list(value) if isinstance(value, tuple) else value
+                raise ValueError(f"{name} = {text} would do nothing: it needs {need}; or leave it out")
 
     @property
     def active(self) -> tuple[str, ...]:

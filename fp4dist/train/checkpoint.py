@@ -20,6 +20,8 @@ import os
 import pickle
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -27,6 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fp4dist.errors import CheckpointError
 from fp4dist.megatron.upstream import get_cuda_rng_tracker
@@ -119,7 +123,10 @@ def read_manifest(folder: Path) -> Manifest:
             f"checkpoint {folder}: no {_MANIFEST}; give a folder such as <run>/checkpoints/step_00000100"
         ) from e
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"checkpoint {folder}: {_MANIFEST} is unreadable ({e}); use an older checkpoint") from e
+        raise CheckpointError(
+            f"checkpoint {folder}: {_MANIFEST} is unreadable ({e}); name another one in checkpoint.load, or remove this"
+            " folder: a run goes on from the newest that is left"
+        ) from e
     names = {f.name for f in fields(Manifest)}
     needed = {f.name for f in fields(Manifest) if f.default is MISSING or f.name == "format"}
     if not isinstance(data, dict) or data.get("format") != FORMAT or not needed <= set(data) <= names:
@@ -129,6 +136,72 @@ def read_manifest(folder: Path) -> Manifest:
             " use the fp4dist that wrote it"
         )
     return Manifest(**data)
+
+
+def what_changes(manifest: Manifest, config: RunConfig) -> list[str]:
+    """In words, what a run under `config` does otherwise than the one that wrote the checkpoint, and may."""
+    told = []
+    if manifest.recipe_hash != recipe_hash(config.recipe):
+        told.append(
+            f"the recipe changes from {manifest.recipe} to {config.recipe.name} (checkpoint.allow_recipe_change)"
+        )
+    if manifest.noise_seed != config.run.seed:
+        told.append(
+            f"run.seed changes from {manifest.noise_seed} to {config.run.seed}: samples come in another order, some of"
+            " them again"
+        )
+    goes_on = manifest.step * config.train.global_batch_size
+    if manifest.consumed_samples != goes_on:
+        told.append(
+            f"train.global_batch_size has changed: the run goes on with sample {goes_on}, and the checkpoint has"
+            f" {manifest.consumed_samples} behind it"
+        )
+    if manifest.dtype != config.train.dtype:
+        told.append(f"train.dtype changes from {manifest.dtype} to {config.train.dtype}")
+    return told
+
+
+def causes(error: BaseException) -> str:
+    """What went wrong on each rank, a line each; torch's CheckpointException tells it in pages of traceback."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    found = [f"rank {rank}: {_first_line(e)}" for rank, (e, _) in failures.items()]
+    return "; ".join(dict.fromkeys(found)) or _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Inside, a file that torch cannot read is an OSError in one line: it is one rank's own, others may wait for it."""
+    try:
+        yield
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "PytorchStreamReader" not in str(e):
+            raise
+        raise OSError(
+            f"checkpoint {folder}: cannot be read ({causes(e)}); it is damaged: use another checkpoint"
+            " (checkpoint.load), or remove its folder: a run goes on from the newest that is left"
+        ) from e
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside, what cannot be written is an OSError that says what is free. It is no CheckpointError: other ranks may
+    not know of it and wait, so that no group may be taken down.
+    """
+    try:
+        yield
+    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "inline_container" not in str(e):  # torch.save's own; others are not ours
+            raise
+        free = shutil.disk_usage(folder).free / 2**30
+        raise OSError(
+            f"checkpoint in {folder}: not written ({causes(e)}); {free:.1f} GiB are free there: make room, or set"
+            " run.dir to another disk, and start again: the run goes on from its last complete checkpoint"
+        ) from e
 
 
 def check_fits(folder: Path, manifest: Manifest, config: RunConfig, *, dp: int, own: bool) -> None:

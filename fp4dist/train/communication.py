@@ -21,6 +21,7 @@ from fp4dist.train.world import World
 log = logging.getLogger("fp4dist")
 GUARD = "comm.pt"  # in a checkpoint: what all ranks share
 _FEEDBACK = "comm_rank{rank}_of_{world}.pt"  # and what each rank's messages have lost
+_LAYOUT = "layout"  # a key of that file: whose ranks they are
 
 
 def make_compression(config: RunConfig) -> Compression | None:
@@ -29,7 +30,11 @@ def make_compression(config: RunConfig) -> Compression | None:
     if comm is None or not comm.active:
         return None
     topology = load_topology(comm.topology) if comm.topology is not None else None
-    return Compression(comm, config.run.seed, topology)
+    compression = Compression(comm, config.run.seed, topology)
+    p, kind = config.parallel, config.engine.kind
+    zero = f" ZeRO-{config.engine.zero_stage}" if kind == "deepspeed" else ""
+    compression.layout = f"tp {p.tp} pp {p.pp} vpp {p.vpp} cp {p.cp} ep {p.ep} {kind}{zero} {config.train.dtype}"
+    return compression
 
 
 def code_activations(
@@ -62,24 +67,38 @@ def save(compression: Compression | None, folder: Path) -> None:
         torch.save(compression.state_dict(), folder / GUARD)
     kept = {name: state for name, part in compression.kept.items() if (state := part.state_dict())}
     if kept:
-        torch.save(kept, _own(folder))
+        torch.save({_LAYOUT: compression.layout, **kept}, _own(folder))
 
 
 def load(compression: Compression | None, folder: Path) -> None:
     """Read it back; what is missing (another layout, an older run) starts afresh, which is logged."""
     if compression is None:
+        for file in sorted(folder.glob(_FEEDBACK.format(rank="*", world="*")))[:1]:
+            log.info("comm: %s holds what coded messages had lost; without a comm: section it is left out", file)
         return
     if (folder / GUARD).exists():
         state: dict[str, Any] = torch.load(folder / GUARD, weights_only=True)
         for message in compression.load_state_dict(state):
             log.info("%s", message)
     own = _own(folder)
-    if own.exists():
-        for name, state in torch.load(own, weights_only=True).items():
-            if name in compression.kept:
-                compression.kept[name].load_state_dict(state)
-    elif compression.feedback.on:
-        log.info("comm.error_feedback starts afresh: %s holds none of this rank in a job of this size", folder)
+    if not own.exists() and (others := sorted(folder.glob(_FEEDBACK.format(rank="*", world="*")))):
+        log.info("comm: %s and the like hold what messages of another layout had lost: not read", others[0])
+    stored: dict[str, Any] = torch.load(own, weights_only=True) if own.exists() else {}
+    layout = stored.pop(_LAYOUT, compression.layout)
+    if layout != compression.layout:  # tensors may well be as long, and mean others
+        log.info("comm: %s is of layout %s, this run of %s: it is not read", own, layout, compression.layout)
+        stored = {}
+    compression.feedback.load_state_dict({})  # of later steps, after a roll-back
+    for name, part in compression.kept.items():
+        if name in stored:
+            part.load_state_dict(stored[name])
+    for what in compression.fallen:
+        compression.feedback.drop(what)
+    left = sorted(stored.keys() - compression.kept.keys())
+    if left:
+        log.info("comm: %s also holds %s, which this run does not send: left out", own, ", ".join(left))
+    if compression.feedback.on and "feedback" not in stored:
+        log.info("comm.error_feedback starts afresh: %s holds none of this rank in a job of this layout", folder)
 
 
 def _own(folder: Path) -> Path:

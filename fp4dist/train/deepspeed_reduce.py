@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,13 +39,16 @@ _AVG_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
 class CodedZeroReduce:
     """Takes over the gradient reduction of a DeepSpeed engine, from construction to `close`.
 
-    module   its parameters under their names;  group   data-parallel ranks
+    module   its parameters under their names;  group   data-parallel ranks;  micro_batches   of a step
 
     Raises ConfigError for settings with which DeepSpeed goes another way.
     """
 
-    def __init__(self, engine: Any, optimizer: Any, module: nn.Module, compression: Compression, group: Any) -> None:
+    def __init__(
+        self, engine: Any, optimizer: Any, module: nn.Module, compression: Compression, group: Any, micro_batches: int
+    ) -> None:
         self._compression = compression
+        self._times = micro_batches if engine.zero_optimization_stage() > 1 else 1  # that a bucket is reduced in a step
         compression.prepare(group)
         self._names = {parameter: name for name, parameter in module.named_parameters()}
         self._reductions: dict[Any, Reduction | None] = {}
@@ -183,7 +187,8 @@ class CodedZeroReduce:
             described = Bucket(f"bucket {len(self._reductions)}", tuple(segments), owners)
             compression = self._compression
             decision = described.decision(compression, group, flat.element_size(), halves=1 if owned is not None else 2)
-            number = compression.register(decision, group, comparable=True)
+            of_a_step = replace(decision, before=decision.before * self._times, after=decision.after * self._times)
+            number = compression.register(of_a_step, group, comparable=True)
             coded = decision.wire is not None
             self._reductions[names] = Reduction(compression, described, decision, number, group) if coded else None
         return self._reductions[names]

@@ -36,7 +36,7 @@ from fp4dist.nn.optimizer import OptimizerControl
 from fp4dist.nn.triage import Triage, triage
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
-from fp4dist.train.checkpoint import UNIVERSAL, random_states, restore_random_states
+from fp4dist.train.checkpoint import UNIVERSAL, random_states, reading, restore_random_states
 from fp4dist.train.communication import code_activations, make_compression
 from fp4dist.train.data import Batch
 from fp4dist.train.deepspeed_gather import CodedZeroGather
@@ -165,7 +165,9 @@ class DeepSpeedEngine:
             self._adamw.entered = self._note_norm
         if self.compression is not None:
             if "grad_reduce" in self.compression.config.active:
-                CodedZeroReduce(self._engine, self._optimizer, module, self.compression, self._group)
+                CodedZeroReduce(
+                    self._engine, self._optimizer, module, self.compression, self._group, self._micro_batches
+                )
             if "param_gather" in self.compression.config.active:
                 self._delta = CodedZeroGather(self._optimizer, module, self.compression)
             code_activations(config, world, chunks, applied, self.compression, dtype)
@@ -253,7 +255,7 @@ class DeepSpeedEngine:
         universal = (folder / UNIVERSAL).is_dir() and not sharded
         own = optim.own_settings(self._optimizer.param_groups)
         whole = self._delta.loading() if self._delta is not None else contextlib.nullcontext()
-        with whole, self._reading_universal(universal):
+        with reading(folder), whole, self._reading_universal(universal):
             path, client = self._engine.load_checkpoint(
                 str(folder),
                 tag=UNIVERSAL if universal else _TAG,

@@ -39,7 +39,7 @@ from fp4dist.nn.optimizer import OptimizerControl
 from fp4dist.nn.triage import Triage, triage
 from fp4dist.spec.run import RunConfig
 from fp4dist.train import optim
-from fp4dist.train.checkpoint import random_states, restore_random_states, vet_torch_dist
+from fp4dist.train.checkpoint import causes, random_states, restore_random_states, vet_torch_dist
 from fp4dist.train.communication import code_activations, make_compression
 from fp4dist.train.data import Batch
 from fp4dist.train.engine import ReplicaWatch, StepResult, Watching, finite, replicas
@@ -439,7 +439,10 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         return cast("dict[str, Any]", dist_checkpointing.load(wanted, str(folder)))
     except (CheckpointingException, CheckpointException, OSError) as e:
-        raise CheckpointError(f"checkpoint {folder}: cannot be read ({e}); use another checkpoint") from e
+        raise CheckpointError(
+            f"checkpoint {folder}: cannot be read ({causes(e)}); it is damaged, or of another optim.kind: use another"
+            " checkpoint (checkpoint.load), or remove its folder: a run goes on from the newest that is left"
+        ) from e
 
 
 def _restore_part(part: Any, state: dict[str, Any]) -> None:

@@ -226,7 +226,8 @@ class _Training:
         folder = newest
         if config.checkpoint.load is not None:
             folder = Path(config.checkpoint.load)
-            if newest is not None and checkpoint.read_manifest(newest).started_from == config.checkpoint.load:
+            own = dict(self.store.all())  # the readable ones: a damaged newest one must not keep a run from another
+            if newest in own and own[newest].started_from == config.checkpoint.load:
                 folder = newest
         if folder is None:
             return _Start(None, None)
@@ -258,10 +259,7 @@ class _Training:
         communication.load(self.engine.compression, start.folder / checkpoint.STATE)
         self.applied.drop_caches()
         log.info("continuing from %s: step %d of %d", start.folder, m.step, self.config.train.steps)
-        if m.recipe_hash != checkpoint.recipe_hash(self.config.recipe):
-            log.info(
-                "the recipe changes from %s to %s (checkpoint.allow_recipe_change)", m.recipe, self.config.recipe.name
-            )
+        _tell(checkpoint.what_changes(m, self.config))
 
     def _load_kept(self, folder: Path, manifest: Manifest) -> None:
         """What the recipe keeps from step to step; under a changed recipe it starts afresh."""
@@ -544,8 +542,9 @@ class _Training:
             config, step=step, dp=world.dp_size, streak=self._streak, skipped=self._skipped, versions=versions()
         )
         state = world.from_rank0(lambda: self.store.begin(step))
-        self.engine.save(state)
-        communication.save(self.engine.compression, state)
+        with checkpoint.writing(self.store.folder):
+            self.engine.save(state)
+            communication.save(self.engine.compression, state)
         if config.recipe.keeps_state or (self.applied.exactness is not None and self.applied.exactness.moved):
             kept = self.applied.state_dict()  # on every rank, and the same there
             world.from_rank0(lambda: checkpoint.write_controllers(state, kept))

@@ -248,7 +248,7 @@ def guard(folder: str) -> Found:
 
 def ddp(folder: str) -> Found:
     """Torch's DDP."""
-    exact, coded, corrected = hook.train_three()
+    exact, coded, corrected, _ = hook.train_four()
     found = []
     for name, run in (("coded", coded), ("corrected", corrected)):
         gap = sum(run["losses"][-10:]) / sum(exact["losses"][-10:]) - 1

@@ -33,7 +33,7 @@ class Model(nn.Module):
         return self.lm_head(self.down(self.norm(torch.relu(self.up(self.embed_tokens(x))))))
 
 
-def train(comm: CommConfig | None, steps: int = STEPS) -> dict[str, Any]:
+def train(comm: CommConfig | None, steps: int = STEPS, first: int = 0) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     model = Model().to(device)
@@ -41,9 +41,10 @@ def train(comm: CommConfig | None, steps: int = STEPS) -> dict[str, Any]:
     hook = ddp_hook(ddp, comm, seed=5) if comm is not None else None
     if hook is not None:
         ddp.register_comm_hook(*hook)
+        hook.state.step = first  # a run that goes on
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(dist.get_rank())
-    losses = []
+    losses, canaries = [], []
     for _ in range(steps):
         x = torch.randint(0, 64, (64,), generator=generator)
         chance = torch.randint(0, 64, (64,), generator=generator)
@@ -55,6 +56,7 @@ def train(comm: CommConfig | None, steps: int = STEPS) -> dict[str, Any]:
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         losses.append(mean.item() / dist.get_world_size())
+        canaries += [len(hook.state.last.findings)] if hook is not None else []
     found: dict[str, Any] = {"losses": losses, "weights": [p.detach().clone() for p in model.parameters()]}
     if hook is not None:
         state = hook.state
@@ -62,17 +64,20 @@ def train(comm: CommConfig | None, steps: int = STEPS) -> dict[str, Any]:
         now = [d for d in state.compression.decisions if not d.place.startswith("first")]
         found["announced"] = sum(d.after for d in now)
         found["findings"] = state.last.findings
+        found["canaries"], found["errors"] = canaries, set(state.compression.feedback.errors)
+        found["buckets"] = {d.place for d in now if d.wire is not None}
     return found
 
 
-def train_three() -> list[dict[str, Any]]:
+def train_four() -> list[dict[str, Any]]:
     coded = CommConfig(grad_reduce="nvfp4", canary=Canary(every=1))
-    return [train(None), train(coded), train(CommConfig(grad_reduce="nvfp4_nearest", error_feedback="ef"))]
+    corrected = CommConfig(grad_reduce="nvfp4_nearest", error_feedback="ef")
+    return [train(None), train(coded), train(corrected), train(coded, steps=3, first=7)]
 
 
 def test_a_model_learns_as_with_exact_gradients() -> None:
-    first, second = run_ranks(train_three, 2)
-    exact, coded, corrected = first
+    first, second = run_ranks(train_four, 2)
+    exact, coded, corrected, resumed = first
     assert exact["losses"][-1] < exact["losses"][0] - 0.5
     for name, run in (("coded", coded), ("corrected", corrected)):
         assert sum(run["losses"][-10:]) == pytest.approx(sum(exact["losses"][-10:]), rel=0.01), name
@@ -80,6 +85,9 @@ def test_a_model_learns_as_with_exact_gradients() -> None:
     for mine, theirs in zip(first, second, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine["weights"], theirs["weights"], strict=True))
     assert coded["step"] == STEPS
+    assert resumed["step"] == 10
+    assert coded["canaries"][2:] == [1] * (STEPS - 2), "no turn is wasted on DDP's first buckets, which are gone"
+    assert corrected["errors"] == corrected["buckets"], "nor memory"
     assert coded["account"].coded + coded["account"].exact == coded["announced"]
     assert "LM head" in coded["table"]
     assert "embedding" in coded["table"]

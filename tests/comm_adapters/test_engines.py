@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.model_parallel_config import ModelParallelConfig
 
+from fp4dist.cluster.topology import load_topology
+from fp4dist.comm.canary import compare
 from fp4dist.comm.compression import Compression, same_bits
 from fp4dist.comm.policy import SMALL
 from fp4dist.comm.trace import Seen, Trace, judge, profiled
 from fp4dist.errors import EnvironmentMismatch, WireError
+from fp4dist.megatron.pipeline_wire import CodedPipeline
 from fp4dist.spec.communication import Band, Canary, CommConfig
+from fp4dist.spec.wire import NVFP4_WIRE
 from fp4dist.train import communication, engine_megatron
 from fp4dist.train.engine_megatron import MegatronEngine
 from tests.distributed import RankError, run_ranks
@@ -88,6 +93,9 @@ def late(values: list[float]) -> float:
 def assert_learns_as(results: list[dict[str, Any]], names: dict[str, str]) -> None:
     """The mean of the last losses is within 1 % of the exact run's, and the runs differ: something was coded."""
     for name, reference in names.items():
+        lines = [results[0][which][3] for which in (name, reference)]
+        norms = [next(line["grad_norm"] for line in found if "grad_norm" in line) for found in lines]
+        assert norms[0] == pytest.approx(norms[1], rel=0.03), f"{name}: a mean over ranks, which AdamW would not tell"
         coded, exact = results[0][name][0], results[0][reference][0]
         assert late(exact) < exact[0] - 0.3, f"{reference} must learn, or equality says nothing"
         assert late(coded) == pytest.approx(late(exact), rel=0.01), name
@@ -102,6 +110,7 @@ def test_gradients_on_two_ranks_of_both_engines(folder: str) -> None:
         "ef": ("comm.grad_reduce=int4", "comm.error_feedback=ef"),
     }
     cases |= {name: (*engine, MSEDEN) for name, engine in ZERO.items()}
+    cases["zero2"] += ("train.micro_batch_size=1",)  # two of them, and two reductions, a step
     cases["bf16"] = ("train.dtype=bf16", "engine.overlap=false", MSEDEN)
     cases["zero1_bf16"] = (*ZERO["zero1"], "train.dtype=bf16", MSEDEN)  # another optimizer class of DeepSpeed's
     cases = {name: (*sets, *LONG) for name, sets in cases.items()}
@@ -109,7 +118,6 @@ def test_gradients_on_two_ranks_of_both_engines(folder: str) -> None:
     assert_learns_as(results, dict.fromkeys([name for name in cases if name != "exact"], "exact"))
     for rank, found in enumerate(results):
         for name, (_, announced, sent, _) in found.items():
-            # ZeRO-2 and 3 reduce each micro-batch; here a step has one
             assert sent == STEPS * announced, (rank, name)
             assert (sent > 0) == (name != "exact"), (rank, name)
     lines = results[0]["mseden"][3]
@@ -255,6 +263,34 @@ def guarded(folder: str) -> dict[str, Any]:
     return out
 
 
+def kept_in_files(folder: str) -> list[dict[str, Any]]:
+    """What runs of the same and of another layout find of each other's errors, which are as long."""
+    found, file = [], Path(folder) / "kept_in_files"
+    if dist.get_rank() == 0:
+        file.mkdir()
+    dist.barrier()
+    for layout, folder_of in (("tp 1", file), ("tp 1", file), ("tp 2", file), ("tp 1", file.parent)):
+        compression = Compression(CommConfig(grad_reduce="int4", error_feedback="ef"), seed=1)
+        compression.layout = layout
+        compression.feedback.error("bucket 1", 3, torch.device("cpu"))  # of steps that a roll-back undoes
+        communication.load(compression, folder_of)
+        dist.barrier()
+        found.append(compression.feedback.state_dict())
+        compression.feedback.error("bucket 0", 3, torch.device("cpu"))
+        communication.save(compression, file)
+        dist.barrier()
+    return found
+
+
+def lost_by_coding() -> tuple[str | None, str | None]:
+    """Why a sum that only coding made infinite leaves the band, and one that was infinite before."""
+    finite, infinite = torch.ones(512), torch.full((512,), torch.inf)
+    how: dict[str, Any] = {"wire": NVFP4_WIRE, "group": None, "mean": False, "cut": False}
+    pairs = ((infinite, finite), (infinite, infinite))
+    first, second = (compare("x", 0, coded, exact, exact, **how).why_outside(Band()) for coded, exact in pairs)
+    return first, second
+
+
 def left_of_runs() -> list[str]:
     """Names of what earlier runs of this process have left of their models."""
     gc.collect()
@@ -267,6 +303,8 @@ def checks_on_two_ranks(folder: str) -> dict[str, Any]:
         "weights": weights_of_all_ranks(folder),
         "collectives": collectives_of_a_step(folder),
         "left": left_of_runs(),
+        "files": kept_in_files(folder),
+        "lost": lost_by_coding(),
         **guarded(folder),
     }
 
@@ -278,6 +316,8 @@ def test_the_proof_while_running(folder: str) -> None:
         assert same, "all ranks hold the same bits after every update"
         assert distances[-1] < 1.5 * max(distances[2:6]), "what rounding loses does not add up"
         assert 0 < distances[-1] < 3e-3
+        assert [list(errors) for errors in found["files"]] == [[], ["bucket 0"], [], []]
+        assert found["lost"] == ("the exact result is finite, the coded one is not", None)
         assert found["left"] == [], "an engine that was closed holds no memory"
         seen, announced, (nothing, twice, unsent) = found["collectives"]
         assert nothing == []
@@ -299,6 +339,32 @@ def test_the_proof_while_running(folder: str) -> None:
         assert "the coded and the exact reduction part" in found["validated"]
 
 
+def four_ranks(folder: str, cases: dict[str, tuple[str, ...]]) -> tuple[dict[str, Any], list[float]]:
+    return train_all(folder, cases), along_a_pipeline()
+
+
+def along_a_pipeline() -> list[float]:
+    """Four stages, of which two each share a domain, and `auto`: errors of what comes from the stage before and after.
+
+    The middle link is the only one that pays, and stages see other links than their neighbours do.
+    """
+    hgx = load_topology("h100_hgx")
+    pairs = dataclasses.replace(hgx, host=dataclasses.replace(hgx.host, gpus=2))
+    comm = CommConfig(pp_forward="auto", pp_backward="auto", topology="h100_hgx")
+    model = ModelParallelConfig(pipeline_dtype=torch.float32)
+    compression = Compression(comm, seed=1, topology=pairs)
+    stages = CodedPipeline(dist.new_group(list(range(4))), model, compression, (2048, 1, 4096), 1)
+    compression.begin_step(0)
+    shape, me = (16, 1, 64), dist.get_rank()
+    sent = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    before, after, _ = stages._communicate(
+        tensor_send_next=sent[me] if me < 3 else None, tensor_send_prev=sent[me] if me > 0 else None,
+        recv_prev=me > 0, recv_next=me < 3, tensor_shape=shape,
+    )  # fmt: skip
+    came = [(before, me - 1), (after, me + 1)]
+    return [float((t.detach() - sent[i]).norm() / sent[i].norm()) for t, i in came if t is not None]
+
+
 def test_two_levels_pipeline_and_data_on_four_ranks(folder: str) -> None:
     one = ("train.micro_batch_size=1",)
     cases: dict[str, tuple[str, ...]] = {
@@ -311,7 +377,13 @@ def test_two_levels_pipeline_and_data_on_four_ranks(folder: str) -> None:
         "dp_sp": (*SP, MSEDEN, "comm.sp_reduce_scatter=fp8", "comm.param_gather=nvfp4_nearest"),
     }
     cases = {name: (*sets, *LONG) for name, sets in cases.items()}
-    results = run_ranks(train_all, 4, folder, cases, timeout=300)
+    both = run_ranks(four_ranks, 4, folder, cases, timeout=300)
+    results = [found for found, _ in both]
+    first, second, third, fourth = (errors for _, errors in both)
+    assert first == fourth == [0.0]
+    assert second[0] == third[1] == 0.0
+    assert 0.05 < second[1] < 0.15
+    assert 0.05 < third[0] < 0.15
     assert_learns_as(results, dict.fromkeys([name for name in cases if name != "exact"], "exact"))
     for found in results:
         for name in ("levels", "levels_zero0", "levels_zero1", "levels_zero2"):

@@ -65,6 +65,13 @@ def test_a_section_names_wires_or_describes_them() -> None:
         ({"hierarchy": [0]}, "at least 1"),
         ({"canary": {"band": {"cosine": 2}}}, "cosine = 2"),
         ({"timeout_s": 0}, "timeout_s"),
+        ({"sms": 0}, "sms = 0"),
+        ({"validate": 2, "pp_forward": "nvfp4"}, "validate = 2 would do nothing"),
+        ({"hierarchy": [2, 2]}, "set grad_reduce"),
+        ({"exact": "bf16"}, "set grad_reduce"),
+        ({"grad_reduce": "nvfp4", "inner": "fp8"}, "set grad_reduce, and hierarchy or topology"),
+        ({"grad_reduce": "nvfp4", "min_numel": 10}, "set grad_reduce: auto"),
+        ({"grad_reduce": "nvfp4", "error_feedback": "ef", "loco": {"beta": 0.5}}, "needs error_feedback: loco"),
         ({"gradreduce": "nvfp4"}, "did you mean 'grad_reduce'"),
     ],
 )
@@ -141,9 +148,9 @@ def test_groups_over_several_domains_reduce_on_two_levels() -> None:
     assert levels(CommConfig(), Span(8, 2), "x") == (8, 2)
     assert levels(CommConfig(), Span(8, 1), "x") is None
     assert levels(CommConfig(grad_reduce="int4", error_feedback="ef"), Span(8, 2), "x") is None
-    assert levels(CommConfig(hierarchy=(2, 4)), Span(8, 1), "x") == (2, 4)
+    assert levels(CommConfig(grad_reduce="nvfp4", hierarchy=(2, 4)), Span(8, 1), "x") == (2, 4)
     with pytest.raises(ConfigError, match=r"hierarchy = \[3, 2\]: x has 8 ranks"):
-        levels(CommConfig(hierarchy=(3, 2)), Span(8, 1), "x")
+        levels(CommConfig(grad_reduce="nvfp4", hierarchy=(3, 2)), Span(8, 1), "x")
 
 
 def test_two_ranks_over_a_network_exchange_by_an_all_gather() -> None:

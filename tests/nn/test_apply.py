@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fp4dist.errors import KernelUnavailable, RecipeMismatch
+from fp4dist.errors import ConfigError, KernelUnavailable, RecipeMismatch
 from fp4dist.nn.apply import AppliedRecipe, apply_recipe, plan_table
 from fp4dist.nn.linear import Fp4Linear
 from fp4dist.nn.sites import find_linears
@@ -409,3 +409,82 @@ def test_the_result_is_one_object() -> None:
     applied = apply_recipe(TinyLlama(1), "quartet2")
     assert isinstance(applied, AppliedRecipe)
     assert applied.active == frozenset()
+
+
+# ---------- where and what a linear runs on
+
+
+def test_a_model_that_moves_before_its_first_step_gets_kernels_of_the_new_device() -> None:
+    """As by `model.cuda()` after `apply_recipe`, the other way round: this machine has no GPU to move to."""
+    model, other = TinyLlama(1), TinyLlama(1)
+    fresh = apply_recipe(other, "luq_hindsight")
+    applied = apply_recipe(model, "luq_hindsight")
+    for target in applied.targets:
+        target.device = torch.device("cuda", 0)
+        assert target.module.plan is not None
+        target.module.plan.device = target.device
+    with pytest.raises(
+        RecipeMismatch, match=r"kernels were chosen for cuda:0, and its input is on cpu; move the model"
+    ):
+        model(make_tokens())
+    old = applied.controllers
+    assert applied.set_step(0, 3) == ["step 0: the model moved from cuda:0 to cpu, kernels chosen anew"]
+    assert applied.controllers is not old
+    assert applied.set_step(0, 3) == fresh.set_step(0, 3) == []
+    assert train_step(model) == train_step(other)
+    applied.check_counts()
+    for both in (applied, fresh):
+        both.set_step(1, 3)
+    assert applied.state_dict()["controllers"]["settled"] == fresh.state_dict()["controllers"]["settled"] == 0
+    assert train_step(model) == train_step(other)
+
+
+def test_dtypes_that_nothing_quantizes_are_refused_by_name() -> None:
+    with pytest.raises(RecipeMismatch, match=r"q_proj: its weight is float16, and FP4 linears take bf16 and fp32; use"):
+        apply_recipe(TinyLlama(1).half(), "quartet2")
+    linear = nn.Linear(128, 128)
+    apply_recipe(linear, one_rule())
+    with pytest.raises(RecipeMismatch, match="its input is float64, and FP4 linears take"):
+        linear.double()(normal(16, 128).double())
+    linear.float()
+    with torch.autocast("cpu", torch.float16), pytest.raises(RecipeMismatch, match="its input is float16"):
+        linear(normal(16, 128))
+
+
+def test_vectors_and_no_tokens_at_all_as_torchs_linear_takes_them() -> None:
+    linear = nn.Linear(128, 256)
+    applied = apply_recipe(linear, one_rule(FORWARD))
+    x = torch.empty(2, 0, 128, requires_grad=True)
+    y = linear(x)
+    y.sum().backward()
+    assert y.shape == (2, 0, 256)
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+    assert not linear.weight.grad.any()
+    applied.check_counts()  # nothing was to be multiplied
+    vector = normal(1, 128)[0]
+    assert torch.equal(linear(vector), linear(vector[None])[0])
+
+
+def test_data_parallel_threads_are_refused() -> None:
+    linear = nn.Linear(128, 128)
+    apply_recipe(linear, one_rule())
+    with pytest.raises(RecipeMismatch, match=r"use torch.nn.parallel.DistributedDataParallel, one process a GPU"):
+        linear._replicate_for_data_parallel()  # type: ignore[operator]  # what nn.DataParallel calls
+
+
+def test_frozen_first_layers_are_no_missing_gemms() -> None:
+    """Where nothing below needs a gradient either, autograd never calls backward."""
+    model = TinyLlama(2)
+    applied = apply_recipe(model, "quartet2")
+    for frozen in (model.model.layers[0], model.model.embed_tokens):
+        frozen.requires_grad_(False)
+    train_step(model)
+    applied.check_counts()
+    assert applied.counts()["calls"] == {"fp4": 7 + 3 * 7}
+
+
+@pytest.mark.parametrize("step", [(-1, 3), (0, 0), (1.5, 3), (0, 3, -1)])
+def test_steps_are_counted_from_0_in_whole_numbers(step: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"needs whole numbers, step and micro_batch from 0, total from 1"):
+        apply_recipe(nn.Linear(128, 128), one_rule()).set_step(*step)

@@ -417,6 +417,10 @@ def test_a_phase_starts_at_its_step() -> None:
         ({"rules": (Rule(linear="fp8"),)}, r"rules\[0\].linear = 'fp8' is not one of fp4, bf16"),
         ({"rules": ()}, "linears.fp4 is used by no rule and no phase"),
         (
+            {"rules": (), "phases": (Phase(name="p", use={"fp4": "bf16"}, step=1, enabled=False),)},
+            "^rules: no rule and no enabled phase asks for linears.fp4, so nothing would run in FP4",
+        ),
+        (
             {"phases": (Phase(name="p", use={"fp4": "tail"}, step=1),)},
             r"phases\[0\].use = 'tail' is not one of fp4, bf16",
         ),

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from fp4dist.errors import CheckpointError
 from fp4dist.spec.load import config_hash, load_recipe, load_run, model_hash, recipe_hash
 from fp4dist.spec.run import RunConfig
-from fp4dist.train.checkpoint import Manifest, Store, check_fits, describe, read_manifest, vet_torch_dist
+from fp4dist.train.checkpoint import (
+    Manifest,
+    Store,
+    check_fits,
+    describe,
+    read_manifest,
+    reading,
+    vet_torch_dist,
+    what_changes,
+    writing,
+)
+from fp4dist.train.loop import _Training
 from tests.train.tiny_run import tiny_run, with_overrides
 
 
@@ -134,6 +148,55 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         read_manifest(tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_does_not_keep_a_run_from_another_one(store: Store, config: RunConfig) -> None:
+    good, newest = save(store, config, 1), save(store, config, 2)
+    (newest / "manifest.json").write_text("{")
+    asked = with_overrides(config, "checkpoint", load=str(good))
+    start = _Training._find_start(
+        cast(Any, SimpleNamespace(config=asked, store=store, world=SimpleNamespace(dp_size=1)))
+    )
+    assert (start.folder, start.step) == (good, 1)
+    with pytest.raises(CheckpointError, match=r"name another one in checkpoint.load, or remove this folder"):
+        read_manifest(newest)
+
+
+def test_what_a_checkpoint_of_another_run_changes_is_told(config: RunConfig) -> None:
+    manifest = manifest_of(config, 3)
+    assert what_changes(manifest, config) == []
+    size, dtype = config.train.global_batch_size, {"fp32": "bf16", "bf16": "fp32"}[config.train.dtype]
+    other = with_overrides(config, "run", seed=7)
+    other = with_overrides(other, "train", global_batch_size=2 * size, dtype=dtype)
+    other = dataclasses.replace(other, recipe=load_recipe("quartet2"))
+    recipe, seed, samples, told = what_changes(manifest, other)
+    assert recipe == f"the recipe changes from {config.recipe.name} to quartet2 (checkpoint.allow_recipe_change)"
+    assert f"run.seed changes from {config.run.seed} to 7" in seed
+    assert f"goes on with sample {6 * size}, and the checkpoint has {3 * size} behind it" in samples
+    assert told == f"train.dtype changes from {config.train.dtype} to {dtype}"
+
+
+def test_a_checkpoint_that_cannot_be_written_names_the_disk(tmp_path: Path) -> None:
+    """One line without torch's tracebacks, and an OSError: other ranks may be waiting."""
+    failure = CheckpointException("write", {3: (RuntimeError("no space\nin inline_container.cc"), StackSummary())})
+    told = r"not written \(rank 3: RuntimeError: no space\); [\d.]+ GiB are free"
+    with pytest.raises(OSError, match=told) as found, writing(tmp_path):
+        raise failure
+    assert "\n" not in str(found.value)
+    for error in (RuntimeError("collective"), ValueError("ours")):
+        with pytest.raises(type(error), match=str(error)), writing(tmp_path):
+            raise error
+
+
+def test_a_damaged_file_of_one_rank_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"PK\x03\x04 and no more")  # a zip archive that was cut off
+    with (
+        pytest.raises(OSError, match=r"cannot be read \(RuntimeError: PytorchStreamReader .* use another"),
+        reading(tmp_path),
+    ):
+        torch.load(tmp_path / "a.pt")
+    with pytest.raises(RuntimeError, match="collective"), reading(tmp_path):
+        raise RuntimeError("collective")
 
 
 def test_an_unreadable_checkpoint_does_not_stop_retention(store: Store, config: RunConfig) -> None:

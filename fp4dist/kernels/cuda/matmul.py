@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fp4dist import numerics
-from fp4dist.kernels.cuda import decode, gemm, quantizers, terms
+from fp4dist.kernels.cuda import decode, gemm, parts, quantizers, terms
 from fp4dist.kernels.registry import NATIVE, Request
 from fp4dist.kernels.triton import parted
 from fp4dist.numerics.matmul import Operand, Single, check_product
@@ -98,7 +98,7 @@ def matmul(a_MK: Operand, b_NK: Operand, *, out: torch.dtype = torch.float32, in
     rotation = check_product(a_MK, b_NK, out, into)
     if not (isinstance(a_MK, BlockScaledTensor) and isinstance(b_NK, BlockScaledTensor) and takes(a_MK, b_NK)):
         if isinstance(a_MK, PartedTensor) or isinstance(b_NK, PartedTensor):
-            return parted.matmul(a_MK, b_NK, matmul, out=out, into=into)
+            return parted.matmul(a_MK, b_NK, matmul, out=out, into=into, split=parts.split_terms)
         pairs = [(x, y) for x in _draws(a_MK) for y in _draws(b_NK)]
         if len(pairs) == 1:
             left, right = _in_bf16(a_MK), _in_bf16(b_NK)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.cuda import filters, jobs, matmul, quantize, quantizers, wire
+from fp4dist.kernels.cuda import filters, jobs, matmul, parts, quantize, quantizers, wire
 from fp4dist.kernels.registry import Request, kernel
 from fp4dist.numerics.matmul import Operand
 
@@ -55,6 +55,21 @@ def supports_values(request: Request) -> str | None:
     return supports(request) or quantizers.why_not_values(request.spec)
 
 
+def supports_parts(request: Request) -> str | None:
+    """Why nothing is taken out of operands of `request` here, or None."""
+    return supports(request) or parts.why_not(request.spec)
+
+
+def supports_channels(request: Request) -> str | None:
+    """Why chosen channels are not taken out of operands of `request` here, or None."""
+    return supports(request) or parts.why_no_channels(request.spec)
+
+
+def supports_slope(request: Request) -> str | None:
+    """Why slopes are not those of csrc, or None."""
+    return supports(request) or parts.why_no_slope(request.spec)
+
+
 def quantize_pair(x: Tensor, row: tuple[Any, ...], column: tuple[Any, ...]) -> tuple[Operand, Operand]:
     """Both operands of one matrix; row, column: the arguments of `quantize` after the matrix, and `want`."""
     return quantize.quantize_pair(x, quantize.Side(*row), quantize.Side(*column))
@@ -69,6 +84,11 @@ kernel("original", backend="cuda", supports=supports_values, sums=True)(quantize
 kernel("mask", backend="cuda", supports=supports_filter)(filters.mask)
 kernel("filter_by_mask", backend="cuda", supports=supports_filter)(filters.filter_by_mask)
 kernel("filter_by_scales", backend="cuda", supports=supports_filter)(filters.filter_by_scales)
+kernel("decompose", backend="cuda", supports=supports_parts, sums=True)(parts.decompose)
+kernel("take_channels", backend="cuda", supports=supports_channels, sums=True)(parts.take_channels)
+kernel("in_precision", backend="cuda", supports=supports_channels, sums=True)(parts.in_precision)
+kernel("hot_residual", backend="cuda", supports=supports_channels, sums=True)(parts.hot_residual)
+kernel("slope", backend="cuda", supports=supports_slope, sums=True)(parts.slope)
 kernel("matmul", backend="cuda", supports=matmul.supports, carrier_types=matmul.carrier_types, sums=True)(matmul.matmul)
 kernel("grouped_matmul", backend="cuda", supports=matmul.supports)(matmul.grouped_matmul)
 kernel("wire_encode", backend="cuda", supports=supports)(wire.encode)
@@ -120,6 +140,7 @@ def _writes_only(*_: Any) -> None:
 for _name in (
     "quantize", "quantize_pair", "eden_scales", "decode", "largest_byte", "swizzle", "grid_quantize", "grid_largest",
     "grid_decode", "clip_mask", "clip_filter", "turn_back",
+    "take_channels", "hot_residual", "clamp_rows", "take_largest", "slope_offsets", "split_terms",
     "wire_encode", "wire_sum", "wire_recode", "wire_plain",
 ):  # fmt: skip
     torch.library.register_fake(f"fp4dist::{_name}")(_writes_only)

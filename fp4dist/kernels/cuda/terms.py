@@ -11,11 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fp4dist.kernels.cuda import quantizers
+from fp4dist.kernels.cuda import parts, quantizers
 from fp4dist.numerics.matmul import Single
 from fp4dist.numerics.tensor import BlockScaledTensor, Carrier
-
-_TERMS = 3  # of 8 significant bits each: all of fp32's 24
 
 
 def is_wide(operand: Single) -> bool:
@@ -30,7 +28,7 @@ def matmul(a: Single, b: Single, multiply: Callable[..., Tensor], *, out: torch.
     total = into
     for i, x in enumerate(_terms(a)):
         for j, y in enumerate(_terms(b)):
-            if i + j < _TERMS:
+            if i + j < parts.TERMS:
                 total = multiply(x, y, into=total)
     assert total is not None
     return total if into is not None else total.to(out)
@@ -43,9 +41,4 @@ def _terms(operand: Single) -> list[Single]:
     if isinstance(operand, BlockScaledTensor):
         rotation, rest = operand.rotation, quantizers.dequantize(replace(operand, rotation=1, carrier=None))
     assert isinstance(rest, Tensor)
-    found: list[Single] = []
-    for _ in range(_TERMS):
-        term = rest.to(torch.bfloat16)
-        found.append(Carrier(term, torch.ones((), device=term.device), rotation))
-        rest = rest - term.to(torch.float32)
-    return found
+    return [Carrier(term, torch.ones((), device=term.device), rotation) for term in parts.split_terms(rest)]

@@ -103,34 +103,6 @@ def power_byte(found, RULE: tl.constexpr, finer, exponent, mantissa):
 
 
 @triton.jit
-def e2m1_nearest(a):
-    """|u| -> int32 level index, ties to even, saturating; NaN -> 7."""
-    step = tl.where(a < 2.0, 2.0, tl.where(a < 4.0, 1.0, 0.5))
-    first = tl.where(a < 2.0, 0.0, tl.where(a < 4.0, 2.0, 4.0))
-    rounded = (tl.where(a > 6.0, 6.0, a) * step + 12582912.0) - 12582912.0 + first
-    return tl.where(a != a, 7, rounded.to(tl.int32))
-
-
-@triton.jit
-def e2m1_stochastic(a, noise):
-    """|u| <= 6 and int32 noise in [0, 2^16) -> int32 level index."""
-    step = tl.where(a < 2.0, 2.0, tl.where(a < 4.0, 1.0, 0.5))
-    first = tl.where(a < 2.0, 0, tl.where(a < 4.0, 2, 4))
-    position = a * step
-    floor = tl.floor(position)
-    threshold = noise.to(tl.float32) * 1.52587890625e-05 + 7.62939453125e-06
-    up = (position - floor) > threshold
-    return tl.where(a != a, 7, floor.to(tl.int32) + first + up.to(tl.int32))
-
-
-@triton.jit
-def e2m1_value(index):
-    """Level index -> magnitude."""
-    i = index.to(tl.float32)
-    return tl.where(i < 4.0, i * 0.5, tl.where(i < 6.0, i - 2.0, i * 2.0 - 8.0))
-
-
-@triton.jit
 def with_sign(level, negative):
     """Level >= 0 with the sign bit where `negative`, -0 included, which `-level` (0 - level) would lose."""
     return floats(bits(level) | tl.where(negative, -2147483648, 0))
@@ -152,22 +124,6 @@ def butterfly(y, R: tl.constexpr, N: tl.constexpr, h: tl.constexpr):
     """One stage of stride h along the columns of [R, N]."""
     a, b = tl.split(tl.permute(tl.reshape(y, (R, N // (2 * h), 2, h)), (0, 1, 3, 2)))
     return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (R, N))
-
-
-@triton.jit
-def butterflies(y, R: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr):
-    """Unnormalized Hadamard of groups of SIZE (16 to 128) columns, strides 1, 2, 4 ..."""
-    y = butterfly(y, R, N, 1)
-    y = butterfly(y, R, N, 2)
-    y = butterfly(y, R, N, 4)
-    y = butterfly(y, R, N, 8)
-    if SIZE > 16:
-        y = butterfly(y, R, N, 16)
-    if SIZE > 32:
-        y = butterfly(y, R, N, 32)
-    if SIZE > 64:
-        y = butterfly(y, R, N, 64)
-    return y
 
 
 @triton.jit
@@ -236,14 +192,20 @@ def stochastic(u, threshold):
 
 
 @triton.jit
-def thresholds(w0, w1, w2, w3, G: tl.constexpr, E: tl.constexpr):
-    """[G, E/8] noise words -> [G, E] thresholds of `stochastic`."""
+def noise_halves(w0, w1, w2, w3, G: tl.constexpr, E: tl.constexpr):
+    """[G, E/8] noise words -> [G, E] int32 with 16 bits of noise from bit 6 on, and others around them."""
     j0 = tl.join(w0 << 6, w0 >> 10)
     j1 = tl.join(w1 << 6, w1 >> 10)
     j2 = tl.join(w2 << 6, w2 >> 10)
     j3 = tl.join(w3 << 6, w3 >> 10)
     halves = tl.permute(tl.join(tl.join(j0, j2), tl.join(j1, j3)), (0, 1, 3, 4, 2))  # word, then half
-    return (tl.reshape(halves, (G, E)).to(tl.int32) & 0x3FFFC0) | 32
+    return tl.reshape(halves, (G, E)).to(tl.int32)
+
+
+@triton.jit
+def thresholds(w0, w1, w2, w3, G: tl.constexpr, E: tl.constexpr):
+    """[G, E/8] noise words -> [G, E] thresholds of `stochastic`."""
+    return (noise_halves(w0, w1, w2, w3, G, E) & 0x3FFFC0) | 32
 
 
 @triton.jit
@@ -288,6 +250,22 @@ def packed(level, G: tl.constexpr, E: tl.constexpr):
     """[G, E] signed levels of E2M1 -> words as those of `pack`; of a NaN anything."""
     # as subnormal numbers of fp32, 2^126 smaller, they have their index in bits 22 to 24, and only the sign beside it
     return _words(bits(level * 1.1754943508222875e-38) * 65, G, E)
+
+
+@triton.jit
+def fourths(x, G: tl.constexpr, E: tl.constexpr):
+    """[G, E] -> the first, second, third and fourth elements of every four, each [G, E/4]."""
+    even, odd = tl.split(tl.reshape(x, (G, E // 4, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def words_of_bytes(byte, G: tl.constexpr, E: tl.constexpr):
+    """[G, E] int32 below 256 -> [G, E/4] words of four, the first one lowest."""
+    b0, b1, b2, b3 = fourths(byte, G, E)
+    return b0 | (b1 << 8) | (b2 << 16) | (b3 << 24)
 
 
 @triton.jit

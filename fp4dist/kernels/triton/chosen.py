@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fp4dist.kernels.triton import arithmetic as a
 from fp4dist.kernels.triton import originals, terms
+from fp4dist.kernels.triton.launch import start
 from fp4dist.numerics import splits
 from fp4dist.numerics.splits import Parts, Place
 from fp4dist.numerics.tensor import BlockScaledTensor
@@ -30,6 +31,10 @@ class _Tile(NamedTuple):
 
     rows: int
     columns: int
+
+    def programs(self, rows: int, columns: int) -> int:
+        """How many cover a matrix."""
+        return -(-rows // self.rows) * -(-columns // self.columns)
 
 
 _OF_ROWS, _OF_COLUMNS = _Tile(16, 256), _Tile(64, 64)  # by the order of the matrix in memory
@@ -157,12 +162,15 @@ def hot_residual(rest: Tensor, main: BlockScaledTensor, spec: QuantSpec, dtype: 
         return torch.where(place.chosen, error.to(dtype), 0.0)
     (rows, cols), bf16 = rest.shape, dtype == torch.bfloat16
     side, tile = torch.empty((rows, cols), dtype=dtype, device=rest.device), _OF_ROWS
-    residual_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.columns),)](
+    arguments = (
         _bits(rest), rest.stride(0), main.codes.contiguous(), main.scales.contiguous(), main.global_scale,
-        place.channels.contiguous().view(torch.uint8), _bits(side), rows, cols, BR=main.block[0], BC=main.block[1],
-        E8M0=main.format.scale.name == "e8m0", BF16=bf16, R=tile.rows, N=tile.columns, num_warps=4,
-        enable_fp_fusion=False,
+        place.channels.contiguous().view(torch.uint8), _bits(side), rows, cols,
     )  # fmt: skip
+    constants = {
+        "BR": main.block[0], "BC": main.block[1], "E8M0": main.format.scale.name == "e8m0", "BF16": bf16,
+        "R": tile.rows, "N": tile.columns, "num_warps": 4, "enable_fp_fusion": False,
+    }  # fmt: skip
+    start(residual_kernel, tile.programs(rows, cols), arguments, constants)
     return side
 
 
@@ -177,12 +185,14 @@ def _taken(x: Tensor, channels: Tensor | None, masked: int, precision: Precision
     (rows, cols), tile = x.shape, _OF_ROWS if x.stride(1) == 1 else _OF_COLUMNS
     side = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
     rest = side if channels is None else torch.empty_like(side)
-    mask = side if channels is None else channels.contiguous().view(torch.uint8)
-    take_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.columns),)](
-        _bits(x), mask if channels is not None else _bits(side), _bits(rest), _bits(side), rows, cols, *x.stride(),
-        MASKED=masked, MX=precision == "mxfp8", REST=channels is not None, BF16=x.dtype == torch.bfloat16, R=tile.rows,
-        N=tile.columns, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    mask = _bits(side) if channels is None else channels.contiguous().view(torch.uint8)
+    constants = {
+        "MASKED": masked, "MX": precision == "mxfp8", "REST": channels is not None,
+        "BF16": x.dtype == torch.bfloat16, "R": tile.rows, "N": tile.columns, "num_warps": 4,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+    arguments = _bits(x), mask, _bits(rest), _bits(side), rows, cols, *x.stride()
+    start(take_kernel, tile.programs(rows, cols), arguments, constants)
     return Parts(rest, side)
 
 

@@ -155,26 +155,6 @@ def rows_of(
 
 
 @triton.jit
-def largest_of(
-    x, stride, qscales, outer, signs, row, col, rows, cols,
-    R: tl.constexpr, N: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr,
-    S: tl.constexpr, QBR: tl.constexpr, QBC: tl.constexpr, QE8M0: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """[] int32 the largest magnitude bits of the tile's rotated values."""
-    G: tl.constexpr = R // S * N // E
-    word, scale, flips = words_of(
-        x, stride, qscales, signs, row, col, rows, cols, R, N, E, ROT, SIGNED, READ, S, QBR, QBC, QE8M0, EVEN
-    )
-    found = tl.zeros((G,), tl.int32)
-    for s in range(S):  # not unrolled: rows side by side would need too many registers
-        y = rows_of(
-            x, stride, outer, word, scale, flips, s, row, col, rows, cols, R, N, E, ROT, SIGNED, READ, S, QE8M0, EVEN
-        )
-        found = tl.maximum(found, a.magnitude_bits(a.largest(y, G, E)))
-    return tl.max(found, axis=0)
-
-
-@triton.jit
 def of_pair(program, rows, cols, R: tl.constexpr, N: tl.constexpr, T_R: tl.constexpr, T_N: tl.constexpr):
     """(is it a tile of the transpose, row, column) of a program: those that read the same T_N x N elements of
     x [rows, cols] follow each other, so that the second reading finds them in the cache.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fp4dist.kernels.triton import arithmetic as a
 from fp4dist.kernels.triton import terms
+from fp4dist.kernels.triton.launch import start
 from fp4dist.numerics import splits
 from fp4dist.numerics.splits import Parts, Place
 from fp4dist.spec.recipe import QuantSpec
@@ -73,11 +74,15 @@ def decompose(x: Tensor, spec: QuantSpec, place: Place) -> Parts:
     (rows, cols), columns = x.shape, triton.next_power_of_2(x.shape[1])
     rest, side = (torch.empty((rows, cols), dtype=torch.bfloat16, device=x.device) for _ in range(2))
     at_once = max(1, _TILE // columns)
-    clamp_kernel[(-(-rows // at_once),)](
+    arguments = (
         x.view(torch.int16), x.stride(0), rest.view(torch.int16), side.view(torch.int16), rows, cols,
-        splits.beyond(cols, outlier.alpha) + 1, R=at_once, N=columns, SIDE=outlier.compensate,
-        num_warps=min(max(at_once * columns // (32 * _OF_THREAD), 4), 16), enable_fp_fusion=False,
+        splits.beyond(cols, outlier.alpha) + 1,
     )  # fmt: skip
+    constants = {
+        "R": at_once, "N": columns, "SIDE": outlier.compensate,
+        "num_warps": min(max(at_once * columns // (32 * _OF_THREAD), 4), 16), "enable_fp_fusion": False,
+    }  # fmt: skip
+    start(clamp_kernel, -(-rows // at_once), arguments, constants)
     return Parts(rest, side if outlier.compensate else None)
 
 

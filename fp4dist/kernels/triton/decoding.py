@@ -94,10 +94,7 @@ def _one_by_one(nibble, byte, largest, lost, R: tl.constexpr, N: tl.constexpr, F
     number = tl.sum(tl.reshape(tl.sum(tl.reshape(dropped, (R, N // 8, 8)), axis=2), (R * N // 8,)), axis=0)
     if number > 0:
         tl.atomic_add(lost, number, sem="relaxed")
-    low, high = tl.split(tl.reshape(code, (R, N // 4, 2, 2)))
-    c0, c2 = tl.split(low)
-    c1, c3 = tl.split(high)
-    return c0 | (c1 << 8) | (c2 << 16) | (c3 << 24)
+    return a.words_of_bytes(code, R, N)
 
 
 @triton.jit

@@ -14,10 +14,10 @@ from torch import Tensor
 from fp4dist.kernels.triton.counters import unset, zeroed
 from fp4dist.kernels.triton.eden_programs import code_kernel, code_pair_kernel, scale_kernel
 from fp4dist.kernels.triton.filters import original
-from fp4dist.kernels.triton.launch import Launch, integer
+from fp4dist.kernels.triton.launch import Launch, integer, keep
 from fp4dist.kernels.triton.noise import place
 from fp4dist.kernels.triton.quantize import Side, _number, _Source
-from fp4dist.kernels.triton.signs import has_signs, sign_words
+from fp4dist.kernels.triton.signs import has_signs, lasting_signs, sign_words
 from fp4dist.numerics.grouping import ReduceMax
 from fp4dist.numerics.scales import target_max
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
@@ -190,10 +190,7 @@ class _Setup:
         found = cls._new(src, words, stride, spec, want)
         if words.data_ptr() != memory.data_ptr():  # a copy that is laid out otherwise
             return found, words
-        if len(_SETUPS) > _MOST:  # sizes that are always new, as experts' tokens
-            _SETUPS.clear()
-        _SETUPS[at] = found
-        return found, memory
+        return keep(_SETUPS, at, found), memory
 
     @classmethod
     def _new(cls, src: _Source, words: Tensor, stride: int, spec: QuantSpec, want: Want) -> _Setup:
@@ -201,17 +198,15 @@ class _Setup:
             raise ValueError(f"{spec.label()} has no carrier in {want.carrier}; ask for bf16")
         assert isinstance(spec.rounding, Eden)
         form, (rows, cols) = _Form.of(src, spec), src.shape
-        fresh = spec.rotation is not None and spec.rotation.signs == "fresh"
         scale, scale_programs = _scales(rows, cols // _BLOCK, want, src.tensor.device)
         return cls(
             spec, spec.shape, spec.rounding.budget, form, src.shape, stride, words.dtype == torch.int32,
             -(-rows // form.constants["R"]) * -(-cols // form.constants["N"]),
-            None if fresh else sign_words(spec.rotation, None, src.tensor.device), scale, scale_programs,
+            lasting_signs(spec.rotation, src.tensor.device), scale, scale_programs,
         )  # fmt: skip
 
 
 _SETUPS: dict[Hashable, _Setup] = {}
-_MOST = 4096  # setups that are kept
 
 
 class _Job:
@@ -328,9 +323,7 @@ class _Pair(NamedTuple):
         at = first.setup, second.setup
         found = _PAIRS.get(at)
         if found is None:
-            if len(_PAIRS) > _MOST:
-                _PAIRS.clear()
-            found = _PAIRS[at] = cls._new(first, second)
+            found = keep(_PAIRS, at, cls._new(first, second))
         return found
 
     @classmethod

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fp4dist.kernels.triton import arithmetic as a
 from fp4dist.kernels.triton import lanes
-from fp4dist.kernels.triton.launch import Launch, integer, launch
-from fp4dist.kernels.triton.signs import flip, sign_words
+from fp4dist.kernels.triton.launch import Launch, integer, keep, launch
+from fp4dist.kernels.triton.signs import flip, lasting_signs, sign_words
 from fp4dist.numerics.scales import fp32
 from fp4dist.numerics.tensor import BlockScaledTensor, Key
 from fp4dist.spec.blocks import Ceil, Floor, Hadamard
@@ -270,9 +270,7 @@ class _ByMask(NamedTuple):
         at = gradient.shape, gradient.stride(0), kinds, aligned, turned, adds, gradient.device
         found = _BY_MASK.get(at)
         if found is None:
-            if len(_BY_MASK) > _MOST:  # sizes that are always new, as experts' tokens
-                _BY_MASK.clear()
-            found = _BY_MASK[at] = cls._new(gradient, out, rotation, adds, (kinds, aligned))
+            found = keep(_BY_MASK, at, cls._new(gradient, out, rotation, adds, (kinds, aligned)))
         return found
 
     @classmethod
@@ -284,14 +282,13 @@ class _ByMask(NamedTuple):
         form = memory, *map(integer, (stride, rows, cols)), *constants.values(), device
         words, halves = (2,) * (columns == 32) + (8,) * (out.dtype != torch.float32), (2,) * (columns == 16)
         run = _RUNS.setdefault(form, Launch(filter_kernel, constants, words, halves))
-        fresh = rotation is not None and rotation.signs == "fresh"
-        signs = None if fresh else sign_words(rotation, None, device)
-        return cls(run, across * down, stride, (rows, cols), 1.0 / constants["ROT"], signs)
+        return cls(
+            run, across * down, stride, (rows, cols), 1.0 / constants["ROT"], lasting_signs(rotation, device)
+        )  # fmt: skip
 
 
 _BY_MASK: dict[Hashable, _ByMask] = {}
 _RUNS: dict[Hashable, Launch] = {}
-_MOST = 4096  # sizes that are kept
 
 
 def filter_by_scales(

@@ -109,6 +109,39 @@ def _added(total, part, of_a, of_b, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, 
 
 
 @triton.jit
+def _corner(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(row, column) of a tile's first element. GROUP rows of tiles are walked together, column by column, so that L2
+    holds what they share.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = tile // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    return (first + tile % (GROUP * tiles_n) % height) * BM, tile % (GROUP * tiles_n) // height * BN
+
+
+@triton.jit
+def _finish(
+    total, factor, rows_a, rows_b, place, r, c, M, N, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, ADD: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A tile of sums times `factor` and (ROWS 1) factors of whole rows, to `place`, or added to what is there."""
+    total = total * factor
+    if ROWS_A == 1:
+        total = total * tl.load(rows_a + r, mask=r < M, other=0.0)[:, None]
+    if ROWS_B == 1:
+        total = total * tl.load(rows_b + c, mask=c < N, other=0.0)[None, :]
+    kept = (r[:, None] < M) & (c[None, :] < N)
+    if ADD:
+        total = tl.load(place, mask=kept, other=0.0) + total
+    if place.dtype.element_ty == tl.bfloat16 and INTERPRETED:
+        word = total.to(tl.int32, bitcast=True)
+        word = tl.where(total == total, word + 0x7FFF + ((word >> 16) & 1), word | 0x400000)
+        tl.store(place, (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=kept)
+    else:
+        tl.store(place, total.to(place.dtype.element_ty), mask=kept)
+
+
+@triton.jit
 def _gemm_kernel(
     a, b, out, scale_a, scale_b, inverse_rotation, rows_a, rows_b, M, N, K, stride_a, stride_b,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, ADD: tl.constexpr,
@@ -123,15 +156,10 @@ def _gemm_kernel(
     INTERPRETED   go round the interpreter: its dot multiplies bf16's bits as integers, its cast to bf16 truncates
     """
     FLAT: tl.constexpr = STEPS == 0 and out.dtype.element_ty == tl.bfloat16  # an fp32 tile beside the stages: too much
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     factor = tl.load(scale_a) if HAS_A else 1.0
     factor = (factor * tl.load(scale_b) if HAS_B else factor) * inverse_rotation
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLAT):
-        # GROUP rows of tiles are walked together, column by column, so that L2 holds what they share
-        first = tile // (GROUP * tiles_n) * GROUP
-        height = tl.minimum(tiles_m - first, GROUP)
-        m = (first + tile % (GROUP * tiles_n) % height) * BM
-        n = tile % (GROUP * tiles_n) // height * BN
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0), flatten=FLAT):
+        m, n = _corner(tile, M, N, BM, BN, GROUP)
         r, c = m + tl.arange(0, BM), n + tl.arange(0, BN)
         total = tl.zeros((BM, BN), tl.float32)
         if STEPS == 0:
@@ -151,20 +179,8 @@ def _gemm_kernel(
                     )  # fmt: skip
                     part = tl.dot(x, w.T, part)
                 total = _added(total, part, of_a, of_b, ROWS_A, ROWS_B, BM, BN)
-        total = total * factor
-        if ROWS_A == 1:
-            total = total * tl.load(rows_a + r, mask=r < M, other=0.0)[:, None]
-        if ROWS_B == 1:
-            total = total * tl.load(rows_b + c, mask=c < N, other=0.0)[None, :]
-        place, kept = out + r[:, None].to(tl.int64) * N + c[None, :], (r[:, None] < M) & (c[None, :] < N)
-        if ADD:
-            total = tl.load(place, mask=kept, other=0.0) + total
-        if out.dtype.element_ty == tl.bfloat16 and INTERPRETED:
-            word = total.to(tl.int32, bitcast=True)
-            word = tl.where(total == total, word + 0x7FFF + ((word >> 16) & 1), word | 0x400000)
-            tl.store(place, (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=kept)
-        else:
-            tl.store(place, total.to(out.dtype.element_ty), mask=kept)
+        place = out + r[:, None].to(tl.int64) * N + c[None, :]
+        _finish(total, factor, rows_a, rows_b, place, r, c, M, N, ROWS_A, ROWS_B, ADD, INTERPRETED)
 
 
 def gemm(

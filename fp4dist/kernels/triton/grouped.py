@@ -20,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4dist.kernels.triton import overlapped, rescaled
-from fp4dist.kernels.triton.gemm import Side, _can_be_described, _dense_rows, _factors, _operands
+from fp4dist.kernels.triton.gemm import (
+    Side,
+    _can_be_described,
+    _corner,
+    _dense_rows,
+    _factors,
+    _finish,
+    _operands,
+)
 from fp4dist.kernels.triton.launch import integer, launch
 
 _FILL = (0, 0, 0)  # a product takes 16 numbers of the table: 7 addresses, sizes M N K, strides of A and B, first tile
@@ -81,12 +89,7 @@ def grouped_kernel(
     if DESCRIPTORS:
         a = tl.make_tensor_descriptor(a, [M, K], [stride_a, 1], [BM, BK])
         b = tl.make_tensor_descriptor(b, [N, K], [stride_b, 1], [BN, BK])
-    tile = tile - tl.load(row + 12).to(tl.int32)
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = tile // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    m = (first + tile % (GROUP * tiles_n) % height) * BM
-    n = tile % (GROUP * tiles_n) // height * BN
+    m, n = _corner(tile - tl.load(row + 12).to(tl.int32), M, N, BM, BN, GROUP)
     r, c = m + tl.arange(0, BM), n + tl.arange(0, BN)
     rows_a, rows_b = _address(row, 5, tl.float32), _address(row, 6, tl.float32)
     total = tl.zeros((BM, BN), tl.float32)
@@ -95,33 +98,13 @@ def grouped_kernel(
         x, w = _operands(a, b, m, n, step * BK, M, N, K, stride_a, stride_b, DESCRIPTORS, INTERPRETED, BM, BN, BK)
         if (PARTS_A == 2) | (PARTS_B == 2):  # noqa: SIM102  (known when it is compiled)
             if step % STEPS == 0:
-                if PARTS_A == 2:
-                    total = total * of_a[:, None]
-                if PARTS_B == 2:
-                    total = total * of_b[None, :]
+                total = rescaled._moved(total, of_a, of_b, PARTS_A, PARTS_B)
                 of_a, of_b = _factors(rows_a, rows_b, r, c, step // STEPS + 1, M, N, PARTS_A, PARTS_B)
         total = tl.dot(x, w.T, total)
-    if PARTS_A == 2:
-        total = total * of_a[:, None]
-    if PARTS_B == 2:
-        total = total * of_b[None, :]
-    total = total * (
-        tl.load(_address(row, 3, tl.float32)) * tl.load(_address(row, 4, tl.float32)) * inverse_rotation
-    )  # fmt: skip
-    if PARTS_A == 1:
-        total = total * tl.load(rows_a + r, mask=r < M, other=0.0)[:, None]
-    if PARTS_B == 1:
-        total = total * tl.load(rows_b + c, mask=c < N, other=0.0)[None, :]
+    total = rescaled._moved(total, of_a, of_b, PARTS_A, PARTS_B)
+    factor = tl.load(_address(row, 3, tl.float32)) * tl.load(_address(row, 4, tl.float32)) * inverse_rotation
     place = out + start + r[:, None].to(tl.int64) * width + c[None, :]
-    kept = (r[:, None] < M) & (c[None, :] < N)
-    if ADD:
-        total = tl.load(place, mask=kept, other=0.0) + total
-    if out.dtype.element_ty == tl.bfloat16 and INTERPRETED:
-        word = total.to(tl.int32, bitcast=True)
-        word = tl.where(total == total, word + 0x7FFF + ((word >> 16) & 1), word | 0x400000)
-        tl.store(place, (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=kept)
-    else:
-        tl.store(place, total.to(out.dtype.element_ty), mask=kept)
+    _finish(total, factor, rows_a, rows_b, place, r, c, M, N, PARTS_A, PARTS_B, ADD, INTERPRETED)
 
 
 def takes(a: Sequence[Side], b: Sequence[Side], into: Sequence[Tensor | None]) -> bool:

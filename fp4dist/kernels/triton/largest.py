@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp4dist.kernels.triton.launch import start
 from fp4dist.numerics import splits
 from fp4dist.numerics.splits import Parts, Place
 from fp4dist.spec.recipe import QuantSpec
@@ -57,8 +58,10 @@ def decompose(x: Tensor, spec: QuantSpec, place: Place) -> Parts:
         return splits.decompose(x, spec, place)
     rest, side = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     at_once, groups = max(1, _TILE // top.group), x.numel() // top.group
-    largest_kernel[(triton.cdiv(groups, at_once),)](
+    arguments = (
         x.view(torch.int16), x.stride(0), rest.view(torch.int16), side.view(torch.int16), groups,
-        x.shape[1] // top.group, K=top.k, R=at_once, G=top.group, num_warps=4, enable_fp_fusion=False,
+        x.shape[1] // top.group,
     )  # fmt: skip
+    constants = {"K": top.k, "R": at_once, "G": top.group, "num_warps": 4, "enable_fp_fusion": False}
+    start(largest_kernel, triton.cdiv(groups, at_once), arguments, constants)
     return Parts(rest, side)

@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+_MOST = 4096  # sizes that are kept
 
 # form -> (launcher, the device's function, its metadata, constants); without hooks of Triton's profilers
 _COMPILED: dict[Hashable, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
@@ -37,6 +40,19 @@ def launch(
     if form is not None and getattr(compiled, "function", None) is not None:  # the interpreter compiles nothing
         last = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         _COMPILED[form] = compiled.run, compiled.function, compiled.packed_metadata, last
+
+
+def start(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """`launch` of a kernel that is told few things, by a form that is read off tensors and integers."""
+    form = id(kernel), *constants.values(), *map(_kind, arguments)  # kernels live as long as the program
+    launch(kernel, programs, arguments, constants, form)
+
+
+def _kind(x: Tensor | int) -> Hashable:
+    """All that Triton compiles a kernel for, of an argument."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0, x.device
+    return integer(x), -(2**31) <= x < 2**31
 
 
 class Launch:
@@ -87,6 +103,14 @@ def _in_words(x: Tensor) -> Tensor:
 
 def _stream() -> int:
     return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+
+
+def keep(kept: dict[Any, T], at: Hashable, found: T) -> T:
+    """`found`, kept under `at` as what is the same for all matrices of one size."""
+    if len(kept) > _MOST:  # sizes that are always new, as experts' tokens
+        kept.clear()
+    kept[at] = found
+    return found
 
 
 def integer(n: int) -> int:

@@ -78,10 +78,7 @@ def _byte(index, words):
 def _store_bytes(byte, values, row, col, rows, cols, R: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
                  EVEN: tl.constexpr):  # fmt: skip
     """[G, E] int32 bytes -> values [rows, cols / 4] words of four."""
-    even, odd = tl.split(tl.reshape(byte, (R * N // E, E // 4, 2, 2)))
-    b0, b2 = tl.split(even)
-    b1, b3 = tl.split(odd)
-    words = tl.reshape(b0 | (b1 << 8) | (b2 << 16) | (b3 << 24), (R, N // 4))
+    words = tl.reshape(a.words_of_bytes(byte, R * N // E, E), (R, N // 4))
     r = tl.arange(0, R)[:, None]
     at = col // 4 + tl.arange(0, N // 4)[None, :]
     to = values + (row.to(tl.int64) * (cols // 4) + r * (cols // 4) + at)

@@ -19,16 +19,19 @@ from fp4dist.numerics.scales import divide
 from fp4dist.numerics.tensor import BlockScaledTensor, Carrier, Chosen
 
 Multiply = Callable[..., Tensor]
+Split = Callable[[Tensor], list[Tensor]]
 _TERMS = terms.COUNT  # of 8 significant bits each: all of fp32's 24
 _ROWS = 8  # of the thin GEMMs that multiply one row
 
 
 def matmul(
-    a: Operand, b: Operand, multiply: Multiply, *, out: torch.dtype = torch.float32, into: Tensor | None = None
-) -> Tensor:
+    a: Operand, b: Operand, multiply: Multiply, *, out: torch.dtype = torch.float32, into: Tensor | None = None,
+    split: Split | None = None,
+) -> Tensor:  # fmt: skip
     """A B^T of operands of which one or both are in parts; see `fp4dist.numerics.matmul`.
 
     multiply   the GEMM of operands without parts, called as that one
+    split      fp32 -> its bf16 terms; None: `terms.split` on a GPU
     """
     rotation = check_product(a, b, out, into)
     left, right = OperandParts.of(a), OperandParts.of(b)
@@ -37,7 +40,7 @@ def matmul(
     alone = (left.main, right.main) if not bases else _joined(left, right) if apart else None
     if alone is not None:
         return multiply(*alone, into=into) if into is not None else multiply(*alone, out=out)
-    total = _Sum(multiply(left.main, right.main, into=into), multiply, bases[0])
+    total = _Sum(multiply(left.main, right.main, into=into), multiply, bases[0], split or _split)
     if left.side is not None:
         if right.partner is not None:
             total.add(left.side, right.partner, left.chosen)
@@ -106,16 +109,16 @@ def _as_terms(x: Single) -> list[Carrier]:
         values = grid_values.dequantize(
             replace(x, global_scale=torch.ones_like(x.global_scale), rotation=1, carrier=None)
         )
-        return [Carrier(term, x.global_scale, x.rotation) for term in _terms(values)]
+        return [Carrier(term, x.global_scale, x.rotation) for term in _split(values)]
     assert isinstance(x, Tensor)
-    return [Carrier(term, torch.ones((), device=x.device)) for term in _terms(x)]
+    return [Carrier(term, torch.ones((), device=x.device)) for term in _split(x)]
 
 
 class _Sum:
     """[M, N] fp32 that products are added to, each divided by the rotation."""
 
-    def __init__(self, value: Tensor, multiply: Multiply, rotation: int) -> None:
-        self.value, self._multiply, self._rotation = value, multiply, rotation
+    def __init__(self, value: Tensor, multiply: Multiply, rotation: int, split: Split) -> None:
+        self.value, self._multiply, self._rotation, self._split = value, multiply, rotation, split
 
     def add(self, a: Single, b: Single, chosen: Chosen | None = None, *, second: bool = False) -> None:
         """Add a b^T, of which one is a side, in fp32 or bf16; both are tensors where both stand beside codes.
@@ -135,7 +138,7 @@ class _Sum:
 
     def _product(self, a: Single, b: Single, into: Tensor | None, *, joined: bool = False) -> Tensor:
         """[M, N] a b^T, added to `into`. joined: of tensors, all their terms in one GEMM."""
-        first, second = (_terms(x) if isinstance(x, Tensor) else [x] for x in (a, b))
+        first, second = (self._terms(x) if isinstance(x, Tensor) else [x] for x in (a, b))
         # what is left out is below the last bit of fp32
         pairs = [(x, y) for i, x in enumerate(first) for j, y in enumerate(second) if i + j < _TERMS]
         if joined and len(pairs) > 1:
@@ -158,9 +161,13 @@ class _Sum:
         """[1, N] fp32 row [1, K] times b^T."""
         if isinstance(b, Tensor) and b.dtype == torch.float32:
             return row @ b.t() * (1.0 / self._rotation)
-        stacked = torch.cat(_terms(row))
+        stacked = torch.cat(self._terms(row))
         padded = torch.nn.functional.pad(stacked, (0, 0, 0, _ROWS - len(stacked)))
         return self._multiply(self._wrapped(padded), b).sum(0, keepdim=True)
+
+    def _terms(self, x: Tensor) -> list[Tensor]:
+        """bf16 tensors whose sum is `x`."""
+        return [x] if x.dtype == torch.bfloat16 else self._split(x)
 
     def _wrapped(self, x: Single) -> Single:
         """Values without codes in the basis of the codes."""
@@ -169,10 +176,7 @@ class _Sum:
         return Carrier(x, torch.ones((), device=x.device), self._rotation)
 
 
-def _terms(x: Tensor) -> list[Tensor]:
-    """bf16 tensors whose sum is `x`."""
-    if x.dtype == torch.bfloat16:
-        return [x]
+def _split(x: Tensor) -> list[Tensor]:
     return terms.split(x) if x.is_cuda else in_torch(x)
 
 

@@ -115,12 +115,7 @@ def drawn(u, noise, ASM: tl.constexpr):
 @triton.jit
 def noise(w0, w1, w2, w3, G: tl.constexpr, E: tl.constexpr):
     """[G, E/8] noise words -> [G, E] (65535 - noise) << 6 | 31: what `arithmetic.thresholds` gives, from 2^22 - 1."""
-    j0 = tl.join(w0 << 6, w0 >> 10)
-    j1 = tl.join(w1 << 6, w1 >> 10)
-    j2 = tl.join(w2 << 6, w2 >> 10)
-    j3 = tl.join(w3 << 6, w3 >> 10)
-    halves = tl.permute(tl.join(tl.join(j0, j2), tl.join(j1, j3)), (0, 1, 3, 4, 2))  # word, then half
-    return (~tl.reshape(halves, (G, E)).to(tl.int32) & 0x3FFFC0) | 31
+    return (~a.noise_halves(w0, w1, w2, w3, G, E) & 0x3FFFC0) | 31
 
 
 @triton.jit

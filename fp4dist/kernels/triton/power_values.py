@@ -137,9 +137,7 @@ def _stochastic(y, shift, unit, w0, w1, w2, w3, G: tl.constexpr, E: tl.constexpr
 @triton.jit
 def bytes_of(level, G: tl.constexpr, E: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
     """[G, E] fp32 that an FP8 type holds -> [G, E/4] words of four."""
-    even, odd = tl.split(tl.reshape(level, (G, E // 4, 2, 2)))
-    v0, v2 = tl.split(even)
-    v1, v3 = tl.split(odd)
+    v0, v1, v2, v3 = a.fourths(level, G, E)
     if ASM and FP8 == 5:
         words = tl.inline_asm_elementwise(
             """{ .reg .b16 a, b;

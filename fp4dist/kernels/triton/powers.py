@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fp4dist.kernels.triton.counters import unset, zeroed
 from fp4dist.kernels.triton.filters import original
+from fp4dist.kernels.triton.launch import keep
 from fp4dist.kernels.triton.noise import place
 from fp4dist.kernels.triton.power_forms import BACK, HELD, NARROW, Form, Pair, is_one
 from fp4dist.kernels.triton.quantize import Side, _constant, _number, _Source
-from fp4dist.kernels.triton.signs import has_signs, sign_words
+from fp4dist.kernels.triton.signs import has_signs, lasting_signs, sign_words
 from fp4dist.numerics.grouping import ReduceMax
 from fp4dist.numerics.scales import fp32
 from fp4dist.numerics.tensor import CODES, BlockScaledTensor, Carrier, Key, Want
@@ -164,21 +165,18 @@ class _Setup:
         found = cls._new(_in_words(src, spec) if words else src, spec, want, back[1])
         if src.tensor.data_ptr() != memory.data_ptr():  # a copy that is laid out otherwise
             return found, src.tensor
-        if len(_SETUPS) > _MOST:  # sizes that are always new, as experts' tokens
-            _SETUPS.clear()
-        _SETUPS[at] = found
-        return found, memory
+        return keep(_SETUPS, at, found), memory
 
     @classmethod
     def _new(cls, src: _Source, spec: QuantSpec, want: Want, flips: bool) -> _Setup:
         form, (rows, cols), device = Form.of(src, spec, want, flips), src.shape, src.tensor.device
-        c, fresh = form.constants, spec.rotation is not None and spec.rotation.signs == "fresh"
+        c = form.constants
         tiles = -(-rows // c["R"]) * -(-cols // c["N"])
         nth, shared = 1.0 / src.turn[0], _common_factor(spec, device)
         return cls(
             spec, form, src.stride, nth, src.shape, (tiles, min(tiles, _SECOND)),
             _thirty_seconds(device) if src.read == 3 else shared, shared,
-            None if fresh else sign_words(spec.rotation, None, device),
+            lasting_signs(spec.rotation, device),
             None if form.noisy else place(None, rows, cols, 8, device), (rows, cols // 2) if c["CODES"] else None,
             (rows // spec.shape[0], cols // spec.shape[1]) if c["CODES"] else None,
             (rows, cols // 8) if c["MASK"] else None, (rows, cols) if c["CARRIER"] else None, c["CARRIER"] in NARROW,
@@ -186,7 +184,6 @@ class _Setup:
 
 
 _SETUPS: dict[Hashable, _Setup] = {}
-_MOST = 4096  # setups that are kept
 _SECOND = 264  # programs of the second launch, which mostly has nothing to do
 
 

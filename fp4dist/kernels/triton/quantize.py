@@ -15,11 +15,11 @@ from torch import Tensor
 from fp4dist.kernels.triton.amaxes import LargestBoth
 from fp4dist.kernels.triton.counters import unset, zero
 from fp4dist.kernels.triton.filters import original
-from fp4dist.kernels.triton.launch import Launch
+from fp4dist.kernels.triton.launch import Launch, keep
 from fp4dist.kernels.triton.noise import PLACE, place
 from fp4dist.kernels.triton.programs import pair_amax_kernel, pair_kernel
 from fp4dist.kernels.triton.quantize_forms import BACK, Amax, Form, programs_of, stretches
-from fp4dist.kernels.triton.signs import has_signs, sign_words
+from fp4dist.kernels.triton.signs import has_signs, lasting_signs, sign_words
 from fp4dist.kernels.triton.sources import Side
 from fp4dist.kernels.triton.sources import Source as _Source
 from fp4dist.kernels.triton.sources import number_of as _number
@@ -171,19 +171,15 @@ class _Setup:
         found = cls._new(src, spec, want)
         if src.tensor.data_ptr() != memory.data_ptr():  # a copy that is laid out otherwise
             return found, src.tensor
-        if len(_SETUPS) > _MOST:  # sizes that are always new, as experts' tokens
-            _SETUPS.clear()
-        _SETUPS[at] = found
-        return found, memory
+        return keep(_SETUPS, at, found), memory
 
     @classmethod
     def _new(cls, src: _Source, spec: QuantSpec, want: Want) -> _Setup:
         form, (rows, cols), device = Form.of(src, spec, want, has_signs(spec.rotation)), src.shape, src.tensor.device
         c, block = form.constants, spec.shape
-        fresh = spec.rotation is not None and spec.rotation.signs == "fresh"
         return cls(
             form, src.shape, src.stride, 1.0 / src.turn[0], programs_of(src.shape, c["R"], c["N"]),
-            form.amax.programs(src.shape), None if fresh else sign_words(spec.rotation, None, device),
+            form.amax.programs(src.shape), lasting_signs(spec.rotation, device),
             None if form.noisy else place(None, rows, cols, 8, device), (rows, cols // 2) if c["CODES"] else None,
             (rows // block[0], cols // block[1]) if want.codes else None, (rows, cols) if c["CARRIER"] else None,
             block, src.in_words, src.layout(),
@@ -191,7 +187,6 @@ class _Setup:
 
 
 _SETUPS: dict[Hashable, _Setup] = {}
-_MOST = 4096  # setups that are kept
 
 
 class _Job:
@@ -300,9 +295,7 @@ class _Pair(NamedTuple):
     def of(cls, row: _Setup, column: _Setup) -> _Pair:
         found = _PAIRS.get((row, column))
         if found is None:
-            if len(_PAIRS) > _MOST:
-                _PAIRS.clear()
-            found = _PAIRS[row, column] = cls._new(row, column)
+            found = keep(_PAIRS, (row, column), cls._new(row, column))
         return found
 
     @classmethod

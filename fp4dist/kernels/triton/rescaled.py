@@ -25,8 +25,10 @@ from fp4dist.kernels.triton.gemm import (
     Tiling,
     _can_be_described,
     _capability,
+    _corner,
     _dense_rows,
     _factors,
+    _finish,
     _operand,
     _operands,
 )
@@ -57,6 +59,16 @@ def ratios_kernel(rows, down, right, ratios, R, filled, n, EACH: tl.constexpr, B
 
 
 @triton.jit
+def _moved(total, of_a, of_b, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr):
+    """T under the factors of the next segment, where there are such."""
+    if ROWS_A == 2:
+        total = total * of_a[:, None]
+    if ROWS_B == 2:
+        total = total * of_b[None, :]
+    return total
+
+
+@triton.jit
 def rescaled_kernel(
     a, b, out, scale_a, scale_b, inverse_rotation, ratios_a, ratios_b, M, N, K, stride_a, stride_b,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, ADD: tl.constexpr,
@@ -69,12 +81,7 @@ def rescaled_kernel(
     STEPS        of BK columns, in a segment
     INTERPRETED  as in `gemm`
     """
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    tile = tl.program_id(0)
-    first = tile // (GROUP * tiles_n) * GROUP  # as gemm._gemm_kernel walks over tiles
-    height = tl.minimum(tiles_m - first, GROUP)
-    m = (first + tile % (GROUP * tiles_n) % height) * BM
-    n = tile % (GROUP * tiles_n) // height * BN
+    m, n = _corner(tl.program_id(0), M, N, BM, BN, GROUP)
     r, c = m + tl.arange(0, BM), n + tl.arange(0, BN)
     segments = K // (BK * STEPS)
     total = tl.zeros((BM, BN), tl.float32)
@@ -82,33 +89,15 @@ def rescaled_kernel(
     for step in range(segments * STEPS):
         x, w = _operands(a, b, m, n, step * BK, M, N, K, stride_a, stride_b, DESCRIPTORS, INTERPRETED, BM, BN, BK)
         if step % STEPS == 0:
-            if ROWS_A == 2:
-                total = total * of_a[:, None]
-            if ROWS_B == 2:
-                total = total * of_b[None, :]
+            total = _moved(total, of_a, of_b, ROWS_A, ROWS_B)
             # those of the next segment are on their way while tensor cores work on this one
             of_a, of_b = _factors(ratios_a, ratios_b, r, c, step // STEPS + 1, M, N, ROWS_A, ROWS_B)
         total = tl.dot(x, w.T, total)
     factor = tl.load(scale_a) if HAS_A else 1.0
     factor = (factor * tl.load(scale_b) if HAS_B else factor) * inverse_rotation
-    if ROWS_A == 2:
-        total = total * of_a[:, None]
-    if ROWS_B == 2:
-        total = total * of_b[None, :]
-    total = total * factor
-    if ROWS_A == 1:
-        total = total * tl.load(ratios_a + r, mask=r < M, other=0.0)[:, None]
-    if ROWS_B == 1:
-        total = total * tl.load(ratios_b + c, mask=c < N, other=0.0)[None, :]
-    place, kept = out + r[:, None].to(tl.int64) * N + c[None, :], (r[:, None] < M) & (c[None, :] < N)
-    if ADD:
-        total = tl.load(place, mask=kept, other=0.0) + total
-    if out.dtype.element_ty == tl.bfloat16 and INTERPRETED:
-        word = total.to(tl.int32, bitcast=True)
-        word = tl.where(total == total, word + 0x7FFF + ((word >> 16) & 1), word | 0x400000)
-        tl.store(place, (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=kept)
-    else:
-        tl.store(place, total.to(out.dtype.element_ty), mask=kept)
+    total = _moved(total, of_a, of_b, ROWS_A, ROWS_B)
+    place = out + r[:, None].to(tl.int64) * N + c[None, :]
+    _finish(total, factor, ratios_a, ratios_b, place, r, c, M, N, ROWS_A, ROWS_B, ADD, INTERPRETED)
 
 
 def takes(a_MK: Side, b_NK: Side) -> bool:

@@ -52,6 +52,11 @@ def sign_words(rotation: Hadamard | None, key: Key | None, device: torch.device)
     return rows[row * _GEMMS + key.slot // 2]
 
 
+def lasting_signs(rotation: Hadamard | None, device: torch.device) -> Tensor | None:
+    """`sign_words` of a rotation whose signs are always the same; None: fresh ones."""
+    return None if rotation is not None and rotation.signs == "fresh" else sign_words(rotation, None, device)
+
+
 _met: dict[tuple[int, int], int] = {}  # (seed, layer) of linears with fresh signs, in the order in which they came
 
 

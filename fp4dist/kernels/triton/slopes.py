@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp4dist.kernels.triton.launch import start
 from fp4dist.numerics import estimators
 from fp4dist.spec.estimators import Dge
 from fp4dist.spec.formats import ElementFormat
@@ -49,10 +50,9 @@ def slope(u: Tensor, element: ElementFormat, dge: Dge) -> Tensor:
         return estimators.slope(u, element, dge)
     u = u.contiguous()
     found = torch.empty(u.shape, dtype=torch.float64, device=u.device)
-    offset_kernel[(-(-u.numel() // _ELEMENTS),)](
-        u, _levels(element, u.device), found, u.numel(), last=len(element.levels) - 1, N=_ELEMENTS, num_warps=4,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    constants = {"last": len(element.levels) - 1, "N": _ELEMENTS, "num_warps": 4, "enable_fp_fusion": False}
+    arguments = u, _levels(element, u.device), found, u.numel()
+    start(offset_kernel, -(-u.numel() // _ELEMENTS), arguments, constants)
     return found.pow_(1.0 / dge.k - 1.0).div_(dge.k).clamp_(max=dge.cap).to(torch.float32)
 
 

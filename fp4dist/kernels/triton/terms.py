@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton.launch import start
 
 COUNT = 3
 _ELEMENTS = 2048  # of a program
@@ -49,7 +50,7 @@ def _split(x: Tensor) -> list[Tensor]:
     found = [torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(COUNT)]
     count = x.numel()
     if count:
-        terms_kernel[(-(-count // _ELEMENTS),)](
-            x, *(term.view(torch.int16) for term in found), count, N=_ELEMENTS, num_warps=4, enable_fp_fusion=False
-        )
+        arguments = x, *(term.view(torch.int16) for term in found), count
+        constants = {"N": _ELEMENTS, "num_warps": 4, "enable_fp_fusion": False}
+        start(terms_kernel, -(-count // _ELEMENTS), arguments, constants)
     return found

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fp4dist.kernels.triton import arithmetic as a
+from fp4dist.kernels.triton import wire_records as r
 
 _NOISE = [
     "k0",
@@ -34,181 +35,6 @@ _NOISE = [
 ]
 
 
-# Where the places along two dimensions are no more contiguous in one than in the other, up to 3.6 Triton gives lanes to
-# the first of them, later to the last.
-_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6))
-
-
-@triton.jit
-def _indices(C: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
-    """[G, E/P, P] or [E/P, G, P] places in a record: lanes lie along G, a thread has all vectors of its runs of E."""
-    if _FIRST:
-        run, part = tl.arange(0, C // E)[:, None, None], tl.arange(0, E // P)[None, :, None]
-    else:
-        run, part = tl.arange(0, C // E)[None, :, None], tl.arange(0, E // P)[:, None, None]
-    return run * E + part * P + tl.arange(0, P)[None, None, :]
-
-
-@triton.jit
-def _swapped(z):
-    """From the order of `_indices` to [G, E/P, P], and back."""
-    if not _FIRST:
-        z = tl.permute(z, (1, 0, 2))
-    return z
-
-
-@triton.jit
-def _read(x, offset, count, C: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
-    """[G, E] fp32 of `count` elements of x from `offset`; 0 beyond."""
-    i = _indices(C, E, P)
-    y = tl.reshape(_swapped(tl.load(x + offset + i, mask=i < count, other=0.0)), (C // E, E))
-    if y.dtype == tl.bfloat16:  # by bits: the interpreter's cast loses subnormal numbers
-        y = a.floats(y.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    return y
-
-
-@triton.jit
-def _write(out, offset, count, y, C: tl.constexpr, E: tl.constexpr, P: tl.constexpr, NATIVE: tl.constexpr):
-    """`count` elements of y [G, E] to out from `offset`, rounded to nearest even where out is bf16.
-
-    NATIVE   round by the GPU's conversion; Triton's interpreter truncates
-    """
-    i = _indices(C, E, P)
-    z = _swapped(tl.reshape(y, (C // E, E // P, P)))
-    if out.dtype.element_ty == tl.bfloat16:
-        if NATIVE:
-            z = z.to(tl.bfloat16)
-        else:
-            b = a.bits(z)
-            rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16
-            z = tl.where(z != z, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    tl.store(out + offset + i, z, mask=i < count)
-
-
-@triton.jit
-def _flipped(y, k0, k1, rank, step, signs, C: tl.constexpr, RUN: tl.constexpr, ROT: tl.constexpr):
-    """[C/RUN, RUN] with the signs of its groups of ROT."""
-    N: tl.constexpr = RUN if RUN < 32 else 32  # pyright: ignore[reportAssignmentType]
-    w0, w1, w2, w3 = a.philox_of((step * 0).to(tl.uint32), k0, k1, rank, step, signs)
-    i = tl.arange(0, C // N) * N % ROT
-    word = tl.where(i < 32, w0, tl.where(i < 64, w1, tl.where(i < 96, w2, w3))).to(tl.int32, bitcast=True) >> (i & 31)
-    j = tl.arange(0, N)
-    z = a.bits(tl.reshape(y, (C // N, N))) ^ ((word[:, None] << (31 - j)[None, :]) & -2147483648)
-    return tl.reshape(a.floats(z), (C // RUN, RUN))
-
-
-@triton.jit
-def _rotated(y, C: tl.constexpr, RUN: tl.constexpr, ROT: tl.constexpr):
-    """Unnormalized Hadamard of groups of ROT (32 or 128) of [C/RUN, RUN]; strides 1, 2, 4 ...
-
-    Strides below RUN stay inside a thread; beyond, threads exchange values.
-    """
-    y = a.butterfly(y, C // RUN, RUN, 1)
-    y = a.butterfly(y, C // RUN, RUN, 2)
-    y = a.butterfly(y, C // RUN, RUN, 4)
-    y = a.butterfly(y, C // RUN, RUN, 8)
-    if RUN > 16:
-        y = a.butterfly(y, C // RUN, RUN, 16)
-    else:
-        y = a.exchange(y, C // RUN, RUN, 1)
-    if ROT > 32:
-        if RUN > 32:
-            y = a.butterfly(y, C // RUN, RUN, 32)
-        else:
-            y = a.exchange(y, C // RUN, RUN, 32 // RUN)
-        if RUN > 64:
-            y = a.butterfly(y, C // RUN, RUN, 64)
-        else:
-            y = a.exchange(y, C // RUN, RUN, 64 // RUN)
-    return y
-
-
-@triton.jit
-def _mix(value, index):
-    """One unit's part of a tag; uint32."""
-    v = value.to(tl.uint32, bitcast=True) ^ (index.to(tl.uint32) * 0x9E3779B9)
-    v = v * 0x85EBCA6B
-    return ((v ^ (v >> 15)) * 0xC2B2AE35).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _sum_of(mixed, NATIVE: tl.constexpr):
-    """Sum of int32 modulo 2^32 along the last dimension.
-
-    NATIVE   by the GPU's own addition; the interpreter refuses a sum of int32 that does not fit
-    """
-    if NATIVE:
-        return tl.sum(mixed, axis=len(mixed.shape) - 1)
-    return tl.sum(mixed.to(tl.int64), axis=len(mixed.shape) - 1).to(tl.int32)
-
-
-@triton.jit
-def _tag(words, stored, w0, w1, w2, M: tl.constexpr, BLOCKS: tl.constexpr, NATIVE: tl.constexpr):
-    """int32 tag of a record's payload [G, M], of its scale bytes [G] where there are BLOCKS, and of the header."""
-    G: tl.constexpr = words.shape[0]
-    mixed = _sum_of(_mix(words, tl.arange(0, G)[:, None] * M + tl.arange(0, M)[None, :]), NATIVE)
-    if BLOCKS:
-        mixed += _mix(stored, tl.arange(0, G) + G * M)
-    found = _sum_of(mixed, NATIVE)
-    return found + _mix(w0, w0 * 0 + 16777216) + _mix(w1, w1 * 0 + 16777217) + _mix(w2, w2 * 0 + 16777218)
-
-
-@triton.jit
-def _tag_of(record, w0, w1, w2, G: tl.constexpr, M: tl.constexpr, BLOCKS: tl.constexpr, NATIVE: tl.constexpr):
-    """The tag of a record in memory."""
-    words = tl.load(record + 4 + tl.arange(0, G)[:, None] * M + tl.arange(0, M)[None, :])
-    stored = tl.arange(0, G)
-    if BLOCKS:
-        stored = tl.load((record + 4 + G * M).to(tl.pointer_type(tl.uint8)) + stored).to(tl.int32)
-    return _tag(words, stored, w0, w1, w2, M, BLOCKS, NATIVE)
-
-
-@triton.jit
-def _element_thresholds(y, number, k0, k1, rank, step, rounding, C: tl.constexpr, E: tl.constexpr):
-    """[G, E] thresholds of `arithmetic.stochastic`; one counter for eight elements.
-
-    A condition that is never true ties the counters to y, so that each thread draws what its own elements need.
-    """
-    index = tl.arange(0, C // E)[:, None] * (E // 8) + tl.arange(0, E // 8)[None, :]
-    index = (index + number * (C // 8)).to(tl.uint32)
-    index = tl.where((a.every_eighth(y, C // E, E) | 1) == 0, 0, index)
-    w0, w1, w2, w3 = a.philox_of(index, k0, k1, rank, step, rounding)
-    return a.thresholds(w0, w1, w2, w3, C // E, E)
-
-
-@triton.jit
-def _scale_words(number, k0, k1, rank, step, rounding, G: tl.constexpr):
-    """[G] uint32, one word a block; one counter for four blocks."""
-    index = (tl.arange(0, G // 4) + number * (G // 4)).to(tl.uint32)
-    w0, w1, w2, w3 = a.philox_of(index, k0, k1, rank, step, rounding)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (G,))
-
-
-@triton.jit
-def _packed_bytes(codes, G: tl.constexpr, E: tl.constexpr):
-    """[G, E] int32 below 256 -> [G, E/4] words."""
-    even, odd = tl.split(tl.reshape(codes, (G, E // 4, 2, 2)))
-    c0, c2 = tl.split(even)
-    c1, c3 = tl.split(odd)
-    return c0 | (c1 << 8) | (c2 << 16) | (c3 << 24)
-
-
-@triton.jit
-def _e4m3_code(u, threshold, ROUND: tl.constexpr):
-    """|u| <= 448 -> int32 E4M3 code; threshold in (0, 1), where ROUND is 1."""
-    if ROUND == 0:
-        code = a.encode_e4m3(u)
-    else:
-        b = a.bits(u)
-        steps = tl.where(u > 0.015625, 0.015625, u) * 512.0
-        floor = tl.floor(steps)
-        normal = u >= 0.015625
-        code = tl.where(normal, (b >> 20) - (120 << 3), floor.to(tl.int32))
-        distance = tl.where(normal, (b & 0xFFFFF).to(tl.float32) * 9.5367431640625e-07, steps - floor)
-        code = code + (distance > threshold).to(tl.int32)
-    return code
-
-
 @triton.jit
 def _encode(
     y, count, place, record, k0, k1, rank, step, rounding, sign_rank, signs, word0, numerator, inverse_v, v, shrink,
@@ -220,13 +46,13 @@ def _encode(
     M: tl.constexpr = E // 4 if KIND == 2 else E // 8
     BLOCKS: tl.constexpr = KIND < 2
     if ROT > 1:
-        y = _rotated(_flipped(y, k0, k1, sign_rank, step, signs, C, RUN, ROT), C, RUN, ROT)
+        y = r.rotated(r.flipped(y, k0, k1, sign_rank, step, signs, C, RUN, ROT), C, RUN, ROT)
     y = tl.reshape(y, (G, E))
     found = a.largest(y, G, E)
     top = tl.max(a.bits(found), axis=0)
     amax = a.floats(top)
     if ROUND == 1:
-        threshold = _element_thresholds(y, place, k0, k1, rank, step, rounding, C, E)
+        threshold = r.element_thresholds(y, place, k0, k1, rank, step, rounding, C, E)
     if ROUND == 2:
         q = tl.div_rn(found, v)
         u = tl.abs(y) * tl.where(q < a.FLT_MIN, 0.0, tl.div_rn(1.0, q))[:, None]
@@ -236,7 +62,7 @@ def _encode(
         corrected = q * tl.where(uc == 0.0, 1.0, s)
         g = tl.div_rn(tl.max(corrected, axis=0), 256.0)
         g = tl.where(g == 0.0, 1.0, g)
-        noise = _scale_words(place, k0, k1, rank, step, rounding, G)
+        noise = r.scale_words(place, k0, k1, rank, step, rounding, G)
         stored = a.encode_e4m3_stochastic(tl.div_rn(corrected, g), noise)
         words = a.pack(index, y, G, E, True)
     elif KIND == 0:
@@ -270,8 +96,8 @@ def _encode(
         if ROUND == 1:
             share = threshold.to(tl.float32) * 2.384185791015625e-07
         if KIND == 2:
-            code = _e4m3_code(u, share, ROUND) | ((a.bits(y) >> 24) & 0x80)
-            words = _packed_bytes(code, G, E)
+            code = r.e4m3_code(u, share, ROUND) | ((a.bits(y) >> 24) & 0x80)
+            words = a.words_of_bytes(code, G, E)
         else:
             if ROUND == 1:
                 low = tl.floor(u)
@@ -292,7 +118,7 @@ def _encode(
         tl.store(scales + block, stored.to(tl.uint8))
     tag = w0 * 0
     if TAG:
-        tag = _tag(words, stored, w0, w1, w2, M, BLOCKS, NATIVE)
+        tag = r.tag(words, stored, w0, w1, w2, M, BLOCKS, NATIVE)
     h = tl.arange(0, 4)
     tl.store(record + h, tl.where(h == 0, w0, tl.where(h == 1, w1, tl.where(h == 2, w2, tag))))
 
@@ -315,7 +141,7 @@ def encode_kernel(
         count = tl.load(table + i * 4 + 1).to(tl.int32) * UNIT
         record = records + tl.load(table + i * 4 + 3) * WORDS
         _encode(
-            _read(x, offset, count, C, RUN, P), count, tl.load(table + i * 4 + 2), record, k0, k1, rank, step,
+            r.read(x, offset, count, C, RUN, P), count, tl.load(table + i * 4 + 2), record, k0, k1, rank, step,
             rounding, sign_rank, signs, word0, numerator, inverse_v, v, shrink, C, E, RUN, KIND, ROUND, ROT, TAG,
             LOG2C, NATIVE,
         )  # fmt: skip
@@ -351,7 +177,7 @@ def _check(record, bad, place, count, word0, G: tl.constexpr, M: tl.constexpr, B
     w0, w1, w2 = tl.load(record), tl.load(record + 1), tl.load(record + 2)
     wrong = ((w0 & -2) != word0) | (w1 != (count | (LOG2C << 24)))
     if TAG:
-        wrong = wrong | (tl.load(record + 3) != _tag_of(record, w0, w1, w2, G, M, BLOCKS, NATIVE))
+        wrong = wrong | (tl.load(record + 3) != r.tag_of(record, w0, w1, w2, G, M, BLOCKS, NATIVE))
     if wrong:
         tl.atomic_min(bad, place)
 
@@ -367,22 +193,22 @@ def _sum(
     M: tl.constexpr = E // 4 if KIND == 2 else E // 8
     y = _values(record, C, E, RUN, KIND)
     if PER_RANK:
-        y = _flipped(_rotated(y, C, RUN, ROT), k0, k1, tl.load(ranks), step, signs, C, RUN, ROT)
+        y = r.flipped(r.rotated(y, C, RUN, ROT), k0, k1, tl.load(ranks), step, signs, C, RUN, ROT)
     if CHECK:
         _check(record, bad, position.to(tl.int32), count, word0, C // E, M, KIND < 2, TAG, LOG2C, NATIVE)
     for s in range(1, SOURCES):
         other = record + source_words.to(tl.int64) * s
         z = _values(other, C, E, RUN, KIND)
         if PER_RANK:
-            z = _flipped(_rotated(z, C, RUN, ROT), k0, k1, tl.load(ranks + s), step, signs, C, RUN, ROT)
+            z = r.flipped(r.rotated(z, C, RUN, ROT), k0, k1, tl.load(ranks + s), step, signs, C, RUN, ROT)
         if CHECK:
             place = s * all_records + position.to(tl.int32)
             _check(other, bad, place, count, word0, C // E, M, KIND < 2, TAG, LOG2C, NATIVE)
         y += z
     if (ROT > 1) & (not PER_RANK):
-        y = _flipped(_rotated(y, C, RUN, ROT), k0, k1, tl.load(ranks), step, signs, C, RUN, ROT)
+        y = r.flipped(r.rotated(y, C, RUN, ROT), k0, k1, tl.load(ranks), step, signs, C, RUN, ROT)
     if OWN:
-        y += _read(own, own_offset, count, C, RUN, P_OWN)
+        y += r.read(own, own_offset, count, C, RUN, P_OWN)
     return y
 
 
@@ -411,7 +237,7 @@ def sum_kernel(
             all_records, source_words, k0, k1, step, signs, word0, C, E, RUN, P_OWN, KIND, ROT, SOURCES, PER_RANK,
             OWN, CHECK, TAG, LOG2C, NATIVE,
         )  # fmt: skip
-        _write(out, offset, count, y * factor, C, RUN, P_OUT, NATIVE)
+        r.write(out, offset, count, y * factor, C, RUN, P_OUT, NATIVE)
 
 
 @triton.jit(do_not_specialize=[*_NOISE, "out_signs"])
@@ -461,11 +287,11 @@ def plain_kernel(
         place = tl.load(table + i * 4 + 3) * UNIT
         y = tl.full((C // 16, 16), -0.0, tl.float32)  # -0 + x is x, for every x
         if OWN:
-            mine = _read(own, tl.load(table + i * 4 + 2) * UNIT, count, C, 16, P_OWN)
+            mine = r.read(own, tl.load(table + i * 4 + 2) * UNIT, count, C, 16, P_OWN)
         for s in range(SOURCES):
             if OWN:
                 y += tl.where(own_at == s, mine, -0.0)
-            y += _read(messages + source_elements.to(tl.int64) * s, place, count, C, 16, P)
+            y += r.read(messages + source_elements.to(tl.int64) * s, place, count, C, 16, P)
         if OWN:
             y += tl.where(own_at >= SOURCES, mine, -0.0)
-        _write(out, offset, count, y * factor, C, 16, P_OUT, NATIVE)
+        r.write(out, offset, count, y * factor, C, 16, P_OUT, NATIVE)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.kernels.cuda import emulated_grid, emulated_wire
+from tests.kernels.cuda import emulated_grid, emulated_parts, emulated_wire
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
@@ -154,17 +154,19 @@ def load() -> ctypes.CDLL:
 
     for function in (amax, quantize, quantize_pair, eden_scales, decode, largest_byte, swizzle):
         ops.impl(function.__name__, function, "CPU")
-    for function in (*emulated_grid.implementations(library), *emulated_wire.implementations(library)):
-        ops.impl(function.__name__, function, "CPU")
+    for module in (emulated_grid, emulated_parts, emulated_wire):
+        for function in module.implementations(library):
+            ops.impl(function.__name__, function, "CPU")
     return library
 
 
 def main() -> int:
     """The parity matrices, on a CPU."""
     load()
-    from tests.kernels.cuda import more_parity, parity
+    from tests.kernels.cuda import more_parity, parity, parts
 
-    return parity.main(torch.device("cpu")) | more_parity.main(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return parity.main(cpu) | more_parity.main(cpu) | parts.main(cpu)
 
 
 if __name__ == "__main__":

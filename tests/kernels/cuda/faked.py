@@ -30,6 +30,9 @@ def lines(recipe: LinearRecipe) -> Iterator[tuple[str, str, str]]:
     reasons = why_not_cuda(recipe, kernels, device, BackendConfig())
     for name, kernel in kernels.items():
         yield f"{name}:{kernel.op}", kernel.backend, reasons[name][1] if name in reasons else ""
+    for name, (op, reason) in reasons.items():
+        if name not in kernels:
+            yield f"{name}:{op}", "torch", reason
 
 
 def pretend(capability: tuple[int, int]) -> None:

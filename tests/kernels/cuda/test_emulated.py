@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fp4dist.kernels import cuda
-from fp4dist.nn import passing
 from fp4dist.nn.reasons import remarks
 from fp4dist.spec.load import load_recipe, shipped
 from tests.kernels.cuda import emulated
@@ -18,6 +17,7 @@ pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ comp
 
 PARTS = 3  # of the specs one is run here; `python -m tests.kernels.cuda.emulated` runs all
 CAPABILITIES = ("10.0", "9.0", "7.5")
+MEANS = {("averis", "decompose", "torch")}  # on every GPU
 
 
 def run(module: str, *arguments: object) -> str:
@@ -35,7 +35,7 @@ def resolved() -> list[list[str]]:
 
 
 def test_the_kernels_have_the_references_bits() -> None:
-    assert run("emulated", 1, PARTS).count("no difference in") == 2
+    assert run("emulated", 1, PARTS).count("no difference in") == 3
 
 
 def test_linears_have_the_references_results() -> None:
@@ -48,19 +48,19 @@ def test_on_blackwell_every_operation_of_every_recipe_resolves_to_csrc(resolved:
     assert {recipe for _, recipe, *_ in lines} == quantizing
     assert {what.rpartition(":")[2] for _, _, _, what, _, _ in lines} >= {
         "quantize", "requantize", "dequantize", "matmul", "mask", "filter_by_mask", "filter_by_scales", "original",
+        "decompose", "take_channels", "in_precision", "hot_residual", "slope",
     }  # fmt: skip
-    assert [line for line in lines if line[4] != "cuda" or line[5]] == []
+    elsewhere = [line for line in lines if line[4] != "cuda" or line[5]]
+    assert {(recipe, what.rpartition(":")[2], backend) for _, recipe, _, what, backend, _ in elsewhere} == MEANS
+    assert {reason for *_, reason in elsewhere} == {"csrc takes no means and no factors out of operands, torch does"}
 
 
 def test_on_older_gpus_triton_comes_first_and_csrc_says_why_not(resolved: list[list[str]]) -> None:
     faster = "Triton's kernels are faster before compute capability 10.0; backend.kind: cuda takes these"
     for capability, recipe, _, what, backend, reason in resolved:
-        if capability == "10.0":
+        if capability == "10.0" or backend == "torch":
             continue
         assert backend == "triton", (recipe, what)
-        if what.rpartition(":")[2] in passing._IN_TORCH:  # on Blackwell torch does these
-            assert reason.startswith("has no ")
-            continue
         if capability == "7.5":
             assert "compute capability" in reason, (recipe, what, reason)
         elif what.endswith(":matmul"):
@@ -72,8 +72,8 @@ def test_on_older_gpus_triton_comes_first_and_csrc_says_why_not(resolved: list[l
 def test_the_layer_table_says_each_reason_once(resolved: list[list[str]]) -> None:
     hopper = [
         {what: (what.rpartition(":")[2], why)}
-        for capability, _, _, what, _, why in resolved
-        if capability == "9.0" and not why.startswith("has no ")
+        for capability, _, _, what, backend, why in resolved
+        if capability == "9.0" and backend != "torch"
     ]
     said = remarks(hopper)
     assert len(said) == 2
@@ -102,3 +102,13 @@ def test_the_built_general_kernels_have_the_references_bits() -> None:
 
     more_parity.use_ours()
     assert list(more_parity.differences(torch.device("cuda"))) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(cuda.MISSING is not None, reason=str(cuda.MISSING))
+def test_what_the_built_kernels_take_out_is_the_references() -> None:
+    from tests.kernels.cuda import parts
+
+    device = torch.device("cuda")
+    assert [*parts.differences(device), *parts.of_doors(device)] == []

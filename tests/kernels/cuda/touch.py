@@ -11,11 +11,15 @@ import sys
 
 import torch
 
-from fp4dist.kernels.cuda import decode, filters, grids, ops, quantize, quantizers
+from fp4dist.kernels.cuda import decode, filters, grids, ops, parts, quantize, quantizers
+from fp4dist.numerics.splits import Place
 from fp4dist.numerics.tensor import BlockScaledTensor, Want
 from fp4dist.spec.blocks import Ema
 from fp4dist.spec.build import build
+from fp4dist.spec.estimators import Dge
+from fp4dist.spec.formats import E2M1, FP4_ROW, NVFP4
 from fp4dist.spec.recipe import QuantSpec
+from fp4dist.spec.splits import Occ, TopK
 from tests.kernels.cuda import more_parity
 from tests.kernels.cuda.parity import use_ours
 from tests.kernels.triton import filters_parity, grids_parity
@@ -61,6 +65,28 @@ def of_filters(device: torch.device) -> int:
     return calls
 
 
+def of_parts(device: torch.device) -> int:
+    """What is taken out of operands, slopes, terms, on shapes that end inside a block of threads; how many calls."""
+    marks = torch.arange(96, device=device) % 5 == 2
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn((70, 96), device=device).to(dtype)
+        q = quantizers.quantize(x[:64], QuantSpec(format=NVFP4))
+        assert isinstance(q, BlockScaledTensor)
+        for precision in ("bf16", "mxfp8"):
+            parts.take_channels(x, precision, Place(channels=marks))
+            parts.take_channels(x[:64].t(), precision, Place(channels=marks, channel_dim=0))
+        parts.in_precision(x, "mxfp8", dtype, Place())
+        parts.in_precision(x[:64].t(), "mxfp8", dtype, Place())
+        parts.hot_residual(x[:64], q, QuantSpec(format=NVFP4), dtype, Place(channels=marks))
+    parts.split_terms(x)
+    parts.slope(x, E2M1, Dge())
+    for columns in (1, 100, 1032, 5000):
+        row = torch.randn((3, columns), device=device).bfloat16()
+        parts.decompose(row, QuantSpec(format=FP4_ROW, outlier=Occ()), Place(token_dim=0))
+    parts.decompose(x.bfloat16(), QuantSpec(format=NVFP4, outlier=TopK(k=2, group=32)), Place())
+    return 21
+
+
 def main(device: torch.device) -> int:
     """Run all; what they compute is checked by `parity`."""
     use_ours()
@@ -101,7 +127,7 @@ def main(device: torch.device) -> int:
         quantize.quantize_pair(x, quantize.Side(row, matrix.WHOLE), quantize.Side(column, matrix.WHOLE))
         calls += 1
     ops.amax(torch.randn(1237, device=device))
-    calls += of_filters(device) + (0 if len(sys.argv) > 1 else general(device))
+    calls += of_filters(device) + of_parts(device) + (0 if len(sys.argv) > 1 else general(device))
     print(f"{calls} calls")
     return 0
 

@@ -195,7 +195,7 @@ def test_gradients_that_share_a_launch_are_compiled_alike(monkeypatch: pytest.Mo
 def test_what_is_kept_of_an_evaluation_is_no_inference_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autograd refuses to save a tensor that was made in inference mode."""
     monkeypatch.setattr(powers, "_SETUPS", {})
-    for made in (module._constant, signs._given, noise._unread, powers._roots):
+    for made in (module._constant, signs._given, noise._unread, powers._thirty_seconds):
         made.cache_clear()
     with torch.inference_mode():
         turned = next(q for q, _ in turned_codes() if q.rotation == 32)

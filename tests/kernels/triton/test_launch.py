@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from fp4dist.kernels.triton import launch as module
-from fp4dist.kernels.triton.launch import Launch, integer, launch
+from fp4dist.kernels.triton.launch import Launch, integer, launch, start
 
 
 class Compiled:
@@ -103,3 +104,34 @@ def test_a_launch_whose_compiled_kernel_is_called_otherwise_is_looked_up() -> No
 @pytest.mark.parametrize(("n", "expected"), [(0, 16), (1, 1), (2, 0), (16, 16), (48, 16), (100, 0)])
 def test_integers_that_triton_compiles_alike_are_one(n: int, expected: int) -> None:
     assert integer(n) == expected
+
+
+def test_arguments_of_one_kind_are_compiled_alike() -> None:
+    """As Triton itself sees them: types, alignment, 1 and multiples of 16, integers beyond 32 bits."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime import jit
+
+    if not hasattr(jit, "native_specialize_impl"):
+        pytest.skip("this version of Triton specializes elsewhere")
+    specialize, backend = jit.native_specialize_impl, make_backend(GPUTarget("cuda", 90, 32))
+    memory = {dtype: torch.zeros(64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int16)}
+    given: list[Tensor | int] = [x[i:] for x in memory.values() for i in (0, 1, 8, 16)]
+    given += [sign * (n + i) for n in (0, 16, 2**31, 2**32, 2**33) for i in (-16, -1, 0, 1, 2) for sign in (1, -1)]
+    compiled: dict[object, object] = {}
+    for x in given:
+        found = specialize(type(backend), x, False, True, True)
+        assert compiled.setdefault(module._kind(x), found) == found, x
+    assert len(set(compiled.values())) > 8
+
+
+def test_kernels_that_are_told_little_are_looked_up_once_a_kind() -> None:
+    kernel, other, constants = Kernel(), Kernel(), {"R": 16, "N": 64, "num_warps": 4}
+    x = torch.zeros(64)
+    for n, memory in ((5, x), (6, x), (7, x[4:]), (8, x[1:]), (2**31 + 1, x)):
+        start(kernel, 1, (memory, n), constants)
+    start(kernel, 1, (x, 5), {**constants, "R": 32})
+    start(other, 1, (x, 5), constants)
+    assert [arguments[1] for _, arguments, _ in kernel.looked_up] == [5, 8, 2**31 + 1, 5]
+    assert len(kernel.compiled.calls) == 2
+    assert len(other.looked_up) == 1
