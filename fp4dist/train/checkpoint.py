@@ -387,6 +387,13 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(f.fileno())
 
 
+def _member(kind: Any, name: str) -> Enum:
+    """In the place of getattr, by which Python before 3.11.4 pickles members of enums: nothing else has attributes."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)) or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"getattr of {kind!r}, {name!r} does not belong in an index")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads the index of a torch.distributed checkpoint and nothing else."""
 
@@ -397,6 +404,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         """Admit plain containers, dtypes, and the dataclasses and enums of torch.distributed.checkpoint."""
         if (module, name) in self._PLAIN | self._FUNCTIONS:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (

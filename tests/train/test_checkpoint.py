@@ -338,7 +338,18 @@ def test_code_is_found_and_not_run(tmp_path: Path, place: str) -> None:
     assert not fired.exists()
 
 
-@pytest.mark.parametrize("reduce", [(os.getcwd, ()), (np.array, ([1],)), (SimpleNamespace, ())])
+def test_members_of_enums_pass_as_older_pythons_pickle_them(tmp_path: Path) -> None:
+    """Before 3.11.4 by getattr, as on Debian 12."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    holder = type("Holder", (), {"__reduce__": lambda self: (getattr, (_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"))})
+    write_index(tmp_path, saved(1), extra=holder())
+    vet_torch_dist(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "reduce", [(os.getcwd, ()), (np.array, ([1],)), (SimpleNamespace, ()), (getattr, (MetadataIndex, "__init__"))]
+)
 def test_the_index_admits_only_its_own_classes(tmp_path: Path, reduce: tuple[Any, ...]) -> None:
     holder = type("Holder", (), {"__reduce__": lambda self: reduce})
     write_index(tmp_path, saved(1), extra=holder())

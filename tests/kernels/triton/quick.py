@@ -17,12 +17,17 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
+
+KNOWN = ("3.7.",)  # whose interpreter was read for this; others run as they are
 
 
 def hurry() -> None:
     """Change the interpreter of this process; before or after kernels are imported."""
+    if not triton.__version__.startswith(KNOWN):
+        return
     builder: Any = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
     _patch_once()
