@@ -402,13 +402,12 @@ def apply_recipe(
     targets = []
     for chunk, site, _, module in found:
         variants = assigned.named(site.path).variants(recipe)
-        target = _ready(module, site.path, all(v.is_high_precision for v in variants))
+        high = all(v.is_high_precision for v in variants)
+        target = _ready(module, site.path, high)
         if target is not None:
             targets.append(Target(site, target, _device(target, chunk)))
-            if (
-                not all(v.is_high_precision for v in variants)
-                and (weight := getattr(target, "weight", None)) is not None
-            ):
+            weight = getattr(target, "weight", None)
+            if weight is not None and not high:
                 check_dtype(weight.dtype, f"{site.path}: its weight")
             _check_variants(targets[-1], variants, backend, tokens)
     reached = {t.site.path for t in targets}

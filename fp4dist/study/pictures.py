@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fp4dist.study.plan import BASELINE, Study, name_of
-from fp4dist.study.statistics import Arms, Cell
-
-Group = tuple[str, int]  # model, budget
+from fp4dist.study.statistics import Arms, Cell, Group
 
 
 def draw(study: Study, found: Arms, folder: Path) -> list[str]:
     """Write gaps.png, cost.png, losses.png and curves.png, a panel for each model and budget; returns those written."""
     names = [name_of(arm) for arm in study.arms]
-    whole = sorted({cell[:2] for cell in found.runs})
+    whole = found.groups()
     compared = [
         g for g in whole if any(c[:2] == g and found.difference(c, BASELINE) for c in found.runs if c[2] != BASELINE)
     ]

@@ -11,10 +11,8 @@ from typing import Any
 from fp4dist.study.pictures import draw
 from fp4dist.study.plan import BASELINE, Arm, Study, jobs, name_of
 from fp4dist.study.results import runs_of, write_results
-from fp4dist.study.statistics import LAST, Arms, Cell, Difference
+from fp4dist.study.statistics import LAST, Arms, Cell, Difference, Group
 from fp4dist.study.training import Record
-
-Group = tuple[str, int]  # model, budget
 
 
 def write_report(study: Study, records: Sequence[Record], folder: Path) -> str:
@@ -23,7 +21,7 @@ def write_report(study: Study, records: Sequence[Record], folder: Path) -> str:
     mine, others = runs_of(study, records)
     found = Arms.of([*others, *mine])
     pictures = draw(study, found, folder)
-    parts = [_head(study), *(line for group in _groups(found) for line in _tables(study, found, group))]
+    parts = [_head(study), *(line for group in found.groups() for line in _tables(study, found, group))]
     parts += [line for name in pictures for line in (f"![{name.removesuffix('.png')}]({name})", "")]
     text = "\n".join([*parts, *_missing(study, mine, others)]).rstrip() + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
@@ -45,11 +43,6 @@ def _head(study: Study) -> str:
         " FP4 share: of the FLOPs of block linears. ms a step: the median of the run's windows. Time to quality: (1 +"
         f" extra tokens) / (1 + throughput gain) against {BASELINE}, by its slope between two budgets.\n"
     )
-
-
-def _groups(found: Arms) -> list[Group]:
-    """(model, budget) of the finished runs, smallest first."""
-    return sorted({cell[:2] for cell in found.runs}, key=lambda g: (g[0], g[1]))
 
 
 def _reference(study: Study) -> str:

@@ -14,7 +14,8 @@ from fp4dist.study.training import Record
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond them 1.96 + 2.4 / df is right to 0.2 %.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 LAST = 0.25  # of the steps: where training losses are compared
-Cell = tuple[str, int, str]  # model, budget, arm
+Group = tuple[str, int]  # model, budget
+Cell = tuple[str, int, str]  # and arm
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,10 @@ class Arms:
         for r in records:
             runs.setdefault((r["model"], r["budget"], r["arm"]), {})[r["seed"]] = r
         return cls(runs)
+
+    def groups(self) -> list[Group]:
+        """(model, budget) of the finished runs, smallest first."""
+        return sorted({cell[:2] for cell in self.runs})
 
     def losses(self, cell: Cell) -> dict[int, float]:
         """Seed -> final held-out loss; diverged runs have none."""

@@ -48,7 +48,7 @@ if HAS_GLUON:
 
     @gluon.jit
     def place_of(tile, M, N, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr):
-        """(row, column) of a tile, as `gemm._gemm_kernel` walks over them."""
+        """(row, column) of a tile, as `gemm._corner` does it: Gluon calls none of tl's functions."""
         tiles_m, tiles_n = gl.cdiv(M, BM), gl.cdiv(N, BN)
         first = tile // (GROUP * tiles_n) * GROUP
         height = gl.minimum(tiles_m - first, GROUP)
